@@ -1,0 +1,74 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+# Every target does its own set-up, from nothing but make, Python 3.10-3.12 and pip, into .venv.
+#   make test PYTHON=python3.12              another Python for the environment (read when .venv is made)
+#   make test PYTEST_ARGS='-k decay -x'      arguments for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+UV := $(VENV)/uv/bin/uv
+INSTALLED := $(VENV)/.installed
+LINTERS := $(VENV)/.linters
+
+# uv then trusts the certificates that the system trusts, as pip does: behind a company's proxy it could fetch nothing.
+export UV_SYSTEM_CERTS ?= 1
+# pyright is pinned; a note that a newer one exists costs a request and helps nobody.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
+
+.PHONY: help install quickstart test lint format hooks clean
+.DELETE_ON_ERROR:
+
+help:  ## Say what the targets do
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(INSTALLED)  ## Make .venv with the package (editable) and what its tests need
+
+quickstart: $(INSTALLED)  ## Train a tiny model with BEMA on the CPU
+	$(VENV)/bin/composer-bema train yamls/quickstart.yaml run_name=quickstart save_overwrite=true
+
+test: $(INSTALLED)  ## Run the tests; those that need a GPU are skipped where there is none
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(LINTERS)  ## Check style, formatting and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: $(LINTERS)  ## Rewrite the code as `make lint` wants it
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+hooks: $(LINTERS)  ## Run the linters before each git commit
+	$(VENV)/bin/pre-commit install
+
+clean:  ## Remove .venv and the caches of the tools
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build composer_bema.egg-info
+
+# The environment has no pip of its own, since Debian's Python cannot put one there without a further package; the pip of
+# $(PYTHON) fetches uv instead. uv resolves Composer's dependencies in seconds, where pip takes more than ten minutes.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { \
+	    echo "composer_bema needs Python 3.10, 3.11 or 3.12, and '$(PYTHON)' is none of them:" \
+	         "name one, as in 'make test PYTHON=python3.11'." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv' || { \
+	    echo "'$(PYTHON)' lacks the venv module: install it ('apt install python3-venv' on Debian and Ubuntu)" \
+	         "or name another Python, as in 'make test PYTHON=python3.11'." >&2; exit 1; }
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+$(UV): | $(VENV)/bin/python
+	@$(PYTHON) -m pip --version >/dev/null || { \
+	    echo "'$(PYTHON)' lacks pip: install it ('apt install python3-pip' on Debian and Ubuntu)" \
+	         "or name another Python, as in 'make test PYTHON=python3.11'." >&2; exit 1; }
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/uv uv
+
+# The stamps are as old as the last installation, which setup.py and the version in it can make stale.
+$(INSTALLED): setup.py composer_bema/version.py | $(UV)
+	$(UV) pip install --python $(VENV)/bin/python --editable '.[test]'
+	@touch $@
+
+$(LINTERS): $(INSTALLED) | $(UV)
+	$(UV) pip install --python $(VENV)/bin/python --editable '.[test,lint]'
+	@touch $@

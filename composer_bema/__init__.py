@@ -1,0 +1,31 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Weight averaging without the lag (BEMA) for people who train with MosaicML Composer.
+
+Importing this package imports neither torch nor Composer. The names below are looked up when they are first touched, so
+that `composer_bema.functional` serves where Composer is not installed, and `composer-bema --help` answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from composer_bema.version import __version__
+
+if TYPE_CHECKING:
+    from composer_bema import functional
+    from composer_bema.algorithms import BEMA, EMA
+
+__all__ = ['BEMA', 'EMA', '__version__', 'functional']
+
+
+def __getattr__(name: str) -> Any:
+    if name == 'functional':
+        return import_module('composer_bema.functional')
+    if name in ('BEMA', 'EMA'):
+        return getattr(import_module('composer_bema.algorithms'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,119 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The schedules alpha_t and beta_t, as pure functions of the optimizer step.
+
+Three schedules are in print under nearly the same formula, and their code differs:
+
+* the paper's and TRL's, which is ours: :math:`(\rho + \gamma t)^{-\kappa}` with t counted from the run's start;
+* the reference *offline* code's: :math:`(1 + \gamma \max(t - \tau + \rho, 1))^{-\kappa}`, without gamma in alpha. It is
+  the same class with another origin and offset: ``PowerDecay(kappa, lag=1, multiplier=gamma, origin=tau - rho,
+  min_age=1)``;
+* the reference *online* code's, where gamma is a prefactor that can push the weight of the newest weights above 1. A
+  weight above 1 is no average, so that one cannot be expressed here.
+
+At kappa 0.5, rho 10, gamma 2, tau 0 and t 10 the three give 0.183, 0.156 and 2.0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ['ConstantDecay', 'Decay', 'HalfLifeDecay', 'PowerDecay']
+
+
+class Decay(Protocol):
+    """A coefficient in [0, 1] for one update."""
+
+    def __call__(self, step: int, elapsed: float) -> float:
+        """Returns the coefficient.
+
+        Args:
+            step (int): t, the optimizer steps done since the start of the run.
+            elapsed (float): The time since the previous update, in the unit of the half-life.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PowerDecay:
+    r"""Decays as a power of the age: :math:`\min(1, \max(\text{floor}, (\rho + \gamma a_t)^{-p}))`.
+
+    The age is :math:`a_t = \max(t - \text{origin}, \text{min\_age})`, in optimizer steps.
+
+    Args:
+        power (float): p, at least 0. ``0`` is the constant 1, a large value fades fast.
+        lag (float): rho, the virtual age at the origin, in steps times ``multiplier``; at least 0.
+        multiplier (float): gamma, the pace of the decay; at least 0.
+        origin (int): The step from which the age counts.
+        min_age (int): The age is never below this.
+        floor (float): The coefficient is never below this; in [0, 1].
+
+    Raises:
+        ValueError: If a setting is out of its range.
+    """
+
+    power: float
+    lag: float = 10.0
+    multiplier: float = 1.0
+    origin: int = 0
+    min_age: int = 0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ('power', 'lag', 'multiplier'):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f'The {name} of a decay must be a finite number of at least 0, but is {value!r}.')
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f'The floor of a decay must lie in [0, 1], but is {self.floor!r}.')
+
+    def __call__(self, step: int, elapsed: float = 1.0) -> float:
+        base = self.lag + self.multiplier * max(step - self.origin, self.min_age)
+        # Below 1 the power would exceed 1 (or divide by zero), and alpha and beta never do.
+        return max(base**-self.power, self.floor) if base > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class HalfLifeDecay:
+    r"""The constant-rate EMA: :math:`1 - 2^{-\text{elapsed} / \text{half\_life}}`.
+
+    Args:
+        half_life (float): The time after which a contribution has halved, in the unit that ``elapsed`` comes in.
+            Must be positive and finite.
+
+    Raises:
+        ValueError: If ``half_life`` is not a positive number.
+    """
+
+    half_life: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.half_life) and self.half_life > 0):
+            raise ValueError(f'half_life must be a positive number, but is {self.half_life!r}.')
+
+    def __call__(self, step: int, elapsed: float) -> float:
+        return -math.expm1(-elapsed / self.half_life * math.log(2))
+
+
+@dataclass(frozen=True)
+class ConstantDecay:
+    """The same coefficient at every update.
+
+    Args:
+        value (float): The coefficient, in (0, 1].
+
+    Raises:
+        ValueError: If ``value`` is out of its range.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.value <= 1:
+            raise ValueError(f'A constant coefficient must lie in (0, 1], but is {self.value!r}.')
+
+    def __call__(self, step: int, elapsed: float) -> float:
+        return self.value

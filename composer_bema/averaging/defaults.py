@@ -1,0 +1,27 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The default settings, in the one place that the functional face, the Algorithms and the recipes read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+__all__ = ['DEFAULTS', 'Defaults']
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Defaults of the paper (arXiv 2508.00180) and of TRL's ``BEMACallback``; times count optimizer steps."""
+
+    update_freq: int = 400
+    update_after: int = 0
+    ema_power: Optional[float] = 0.5
+    bias_power: Optional[float] = 0.2
+    lag: float = 10.0
+    multiplier: float = 1.0
+    min_ema_multiplier: float = 0.0
+
+
+DEFAULTS = Defaults()

@@ -1,0 +1,73 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Canonical names and local shards of a model's parameters and module buffers."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ['canonical_names', 'first_names', 'local_tensor', 'named_parameters', 'named_persistent_buffers']
+
+# Path components that FSDP1, torch.compile and activation checkpointing put into names.
+_WRAPPERS = frozenset({'_fsdp_wrapped_module', '_orig_mod', '_checkpoint_wrapped_module'})
+
+
+def canonical_names(model: torch.nn.Module, names: list[str]) -> list[str]:
+    """Returns names as the unwrapped model would give them.
+
+    DDP's ``module.`` is dropped only where a ``DistributedDataParallel`` put it: elsewhere it is a fair name.
+    """
+    ddp_prefixes = [
+        f'{name}.module.' if name else 'module.'
+        for name, module in model.named_modules()
+        if isinstance(module, DistributedDataParallel)
+    ]
+    # The innermost wrapper first, so that dropping one prefix leaves the outer ones as they were.
+    ddp_prefixes.sort(key=len, reverse=True)
+    return [_canonical(name, ddp_prefixes) for name in names]
+
+
+def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Returns every parameter, trainable or not, by canonical name; tied parameters appear once."""
+    return _by_canonical_name(model, dict(model.named_parameters()))
+
+
+def named_persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the module buffers that belong to the model's state, by canonical name.
+
+    Non-persistent buffers (rotary frequencies, attention masks) are caches of the module and are left alone.
+    """
+    caches = {
+        f'{prefix}.{name}' if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return _by_canonical_name(model, {name: b for name, b in model.named_buffers() if name not in caches})
+
+
+def first_names(model: torch.nn.Module) -> dict[str, str]:
+    """Maps the canonical name of every parameter, each of a tied one's, to the one that it is averaged under."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    names = canonical_names(model, [name for name, _ in parameters])
+    return {name: first.setdefault(id(parameter), name) for name, (_, parameter) in zip(names, parameters, strict=True)}
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's values, sharing memory with ``tensor`` and detached from autograd."""
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _canonical(name: str, ddp_prefixes: list[str]) -> str:
+    for prefix in ddp_prefixes:
+        if name.startswith(prefix):
+            name = prefix.removesuffix('module.') + name[len(prefix) :]
+    return '.'.join(part for part in name.split('.') if part not in _WRAPPERS)
+
+
+def _by_canonical_name(model: torch.nn.Module, tensors: dict) -> dict:
+    return dict(zip(canonical_names(model, list(tensors)), tensors.values(), strict=True))

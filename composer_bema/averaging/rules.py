@@ -1,0 +1,216 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The averages as scalar arithmetic: a step number in, the coefficients of one update out. No tensor is touched here.
+
+Every average is a linear recurrence over named buffers. A rule turns the step into a `LinearStep`, a short list of rows
+applied in order, and everything else follows from it: the kernels apply the rows to tensors, and folding the rows over
+the steps of a list of checkpoints gives the weight of each checkpoint in the average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Optional, Protocol, Union
+
+from composer_bema.averaging.decay import ConstantDecay, Decay, HalfLifeDecay, PowerDecay
+from composer_bema.averaging.defaults import DEFAULTS
+
+__all__ = [
+    'BEMA',
+    'EMA',
+    'THETA',
+    'THETA_0',
+    'Difference',
+    'Latest',
+    'Lerp',
+    'LinearStep',
+    'Row',
+    'Rule',
+    'bema_rule',
+    'ema_rule',
+]
+
+# The operands of a row: the training weights, and the buffers that a rule keeps. These names reach checkpoints.
+THETA = 'theta'
+THETA_0 = 'theta_0'
+
+
+@dataclass(frozen=True)
+class Lerp:
+    """The row ``target <- target + weight (source - target)``."""
+
+    target: str
+    source: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The row ``target <- base + scale (minuend - subtrahend)``."""
+
+    target: str
+    base: str
+    scale: float
+    minuend: str
+    subtrahend: str
+
+
+Row = Union[Lerp, Difference]
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """One update: rows applied in order, each of which sees the rows before it, and the coefficients they came from."""
+
+    rows: tuple[Row, ...]
+    coefficients: Mapping[str, float]
+
+
+class Rule(Protocol):
+    """What an average is, without a tensor. All buffers start as the weights at the burn-in."""
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """The buffers kept for each averaged tensor."""
+        ...
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Those of the buffers that no update writes to."""
+        ...
+
+    @property
+    def average(self) -> str:
+        """The buffer that is the average."""
+        ...
+
+    @property
+    def statistics(self) -> Rule:
+        """The rule for floating-point module buffers, such as BatchNorm's running statistics."""
+        ...
+
+    def linear_step(self, step: int, elapsed: float) -> LinearStep:
+        """Returns the update at ``step`` optimizer steps, ``elapsed`` after the previous one."""
+        ...
+
+
+@dataclass(frozen=True)
+class EMA:
+    r"""The exponential moving average, :math:`EMA_t = (1 - \beta_t) EMA_{t - \phi} + \beta_t \theta_t`.
+
+    Args:
+        beta (Decay): The weight of the newest weights.
+    """
+
+    beta: Decay
+    buffers = ('ema',)
+    constants = ()
+    average = 'ema'
+
+    @property
+    def statistics(self) -> EMA:
+        return self
+
+    def linear_step(self, step: int, elapsed: float) -> LinearStep:
+        beta = self.beta(step, elapsed)
+        return LinearStep((Lerp('ema', THETA, beta),), {'beta': beta})
+
+
+@dataclass(frozen=True)
+class BEMA:
+    r"""The bias-corrected EMA, :math:`BEMA_t = EMA_t + \alpha_t (\theta_t - \theta_0)` (arXiv 2508.00180, Algorithm 1).
+
+    Args:
+        alpha (Decay): The strength of the correction.
+        beta (Decay): The weight of the newest weights in the EMA.
+    """
+
+    alpha: Decay
+    beta: Decay
+    buffers = (THETA_0, 'ema', 'bema')
+    constants = (THETA_0,)
+    average = 'bema'
+
+    @property
+    def statistics(self) -> EMA:
+        # A variance must stay positive, and a correction can push it below zero.
+        return EMA(self.beta)
+
+    def linear_step(self, step: int, elapsed: float) -> LinearStep:
+        alpha, beta = self.alpha(step, elapsed), self.beta(step, elapsed)
+        rows = (Lerp('ema', THETA, beta), Difference('bema', 'ema', alpha, THETA, THETA_0))
+        return LinearStep(rows, {'alpha': alpha, 'beta': beta})
+
+
+@dataclass(frozen=True)
+class Latest:
+    """The weights at the last update, for what cannot be averaged, such as integer module buffers."""
+
+    buffers = ('latest',)
+    constants = ()
+    average = 'latest'
+
+    @property
+    def statistics(self) -> Latest:
+        return self
+
+    def linear_step(self, step: int, elapsed: float) -> LinearStep:
+        return LinearStep((Lerp('latest', THETA, 1.0),), {})
+
+
+def ema_rule(
+    ema_power: Optional[float] = DEFAULTS.ema_power,
+    lag: float = DEFAULTS.lag,
+    multiplier: float = DEFAULTS.multiplier,
+    min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
+    half_life: Optional[float] = None,
+    smoothing: Optional[float] = None,
+) -> EMA:
+    """Returns the EMA rule of these settings.
+
+    Args:
+        ema_power (float, optional): kappa; ``None`` means no EMA, so that the average is the newest weights.
+        lag (float): rho, in steps.
+        multiplier (float): gamma.
+        min_ema_multiplier (float): The floor of beta, in [0, 1].
+        half_life (float, optional): Replaces ``ema_power`` by the constant beta = 1 - 2^(-elapsed / half_life).
+        smoothing (float, optional): Replaces ``ema_power`` by the constant beta = 1 - smoothing, in [0, 1).
+
+    Raises:
+        ValueError: If a setting is out of its range, or ``half_life`` and ``smoothing`` are both given.
+    """
+    if half_life is not None and smoothing is not None:
+        raise ValueError('half_life and smoothing both fix the rate of the EMA: give one of them.')
+    if smoothing is not None:
+        if not 0 <= smoothing < 1:
+            raise ValueError(f'smoothing must lie in [0, 1), but is {smoothing!r}.')
+        return EMA(ConstantDecay(1.0 - smoothing))
+    if half_life is not None:
+        return EMA(HalfLifeDecay(half_life))
+    if ema_power is None:
+        return EMA(ConstantDecay(1.0))
+    return EMA(PowerDecay(ema_power, lag, multiplier, floor=min_ema_multiplier))
+
+
+def bema_rule(
+    ema_power: Optional[float] = DEFAULTS.ema_power,
+    bias_power: Optional[float] = DEFAULTS.bias_power,
+    lag: float = DEFAULTS.lag,
+    multiplier: float = DEFAULTS.multiplier,
+    min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
+    half_life: Optional[float] = None,
+) -> Union[BEMA, EMA]:
+    """Returns the BEMA rule of these settings, which without a bias correction is the EMA.
+
+    Args:
+        bias_power (float, optional): eta; ``0`` corrects fully for ever, a large value fades the correction, ``None``
+            switches it off.
+
+    The other arguments, and the errors, are those of :func:`ema_rule`.
+    """
+    ema = ema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life)
+    if bias_power is None:
+        return ema
+    return BEMA(alpha=PowerDecay(bias_power, lag, multiplier), beta=ema.beta)

@@ -1,0 +1,432 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The buffers of one model under one rule: snapshot, update, swap into the model and back, save and load."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+import torch
+import torch.distributed
+
+from composer_bema.averaging import kernels
+from composer_bema.averaging.parameters import (
+    canonical_names,
+    first_names,
+    local_tensor,
+    named_parameters,
+    named_persistent_buffers,
+)
+from composer_bema.averaging.rules import Latest, Rule
+
+__all__ = ['BUFFERS', 'MODEL_HOLDS', 'TRAINING_WEIGHTS', 'AverageState', 'NonFinite']
+
+NonFinite = Literal['raise', 'skip', 'ignore']
+
+# The keys of a saved state, beside the counters that go by their attributes' names.
+BUFFERS = 'buffers'
+TRAINING_WEIGHTS = 'training_weights'
+MODEL_HOLDS = 'model_holds'
+
+
+@dataclass
+class _Group:
+    """The tensors that share a rule. ``buffers`` maps a buffer's name to its tensors by canonical name."""
+
+    rule: Rule
+    buffers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def average(self) -> dict[str, torch.Tensor]:
+        return self.buffers[self.rule.average]
+
+
+@dataclass
+class _Swap:
+    """The tensors that a swap wrote to, and copies of those training weights that could not be exchanged."""
+
+    live: dict[str, torch.Tensor] = field(default_factory=dict)
+    stash: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class AverageState:
+    """The average of one model's weights under one rule.
+
+    Trainable parameters are averaged under the rule, once if tied. Persistent floating-point module buffers follow the
+    rule's EMA part, which never corrects a bias; integer ones are copied. Buffers are kept in fp32 (fp64 for fp64
+    weights), whatever the model's dtype, except those that never change, which are kept in 16 bits when that loses
+    nothing.
+
+    Args:
+        rule (Rule): The average.
+        average_buffers (bool): Whether floating-point module buffers are averaged. If not, they are copied at every
+            update. Default: ``True``.
+        nonfinite (str): What an update does about a NaN or an infinity in the weights: ``'raise'`` an error that names
+            the parameter and the step, ``'skip'`` the update and count it, or ``'ignore'`` it, which saves a read of
+            the weights. The average stays as it was in the first two. All ranks decide alike. Default: ``'raise'``.
+        device (torch.device | str, optional): Where the buffers live. ``None`` keeps each beside its parameter.
+
+    Attributes:
+        num_updates (int): The updates done.
+        num_skipped (int): The updates skipped for a non-finite weight.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        average_buffers: bool = True,
+        nonfinite: NonFinite = 'raise',
+        device: Optional[Union[torch.device, str]] = None,
+    ) -> None:
+        if nonfinite not in ('raise', 'skip', 'ignore'):
+            raise ValueError(f"nonfinite must be 'raise', 'skip' or 'ignore', but is {nonfinite!r}.")
+        self.rule = rule
+        self.average_buffers = average_buffers
+        self.nonfinite = nonfinite
+        self.device = None if device is None else torch.device(device)
+        self.num_updates = 0
+        self.num_skipped = 0
+        self._groups: list[_Group] = []
+        self._swap: Optional[_Swap] = None
+
+    @property
+    def started(self) -> bool:
+        """Whether the buffers have been taken."""
+        return bool(self._groups)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether a model holds the average while its training weights rest here."""
+        return self._swap is not None
+
+    def start(self, model: torch.nn.Module) -> None:
+        """Takes every buffer, theta_0 included, from the weights of ``model``."""
+        self._require_training_weights('start')
+        self._groups = [
+            _Group(rule, {name: self._snapshot(tensors, name in rule.constants) for name in rule.buffers})
+            for rule, tensors in self._averaged_tensors(model)
+        ]
+        self.num_updates = self.num_skipped = 0
+
+    def update(self, model: torch.nn.Module, step: int, elapsed: float = 1.0) -> Optional[Mapping[str, float]]:
+        """Brings the average up to the weights of ``model``.
+
+        Args:
+            model (torch.nn.Module): The model, holding its training weights.
+            step (int): t, the optimizer steps done since the start of the run.
+            elapsed (float): The time since the previous update, in the unit of the half-life.
+
+        Returns:
+            Mapping[str, float]: The coefficients of the update, or None if it was skipped.
+
+        Raises:
+            FloatingPointError: If a weight is not finite and ``nonfinite='raise'``.
+            RuntimeError: If the buffers have not been taken, or a model holds the average.
+            ValueError: If a parameter has become trainable since, or an averaged one is gone.
+        """
+        if not self.started:
+            raise RuntimeError('The average has no buffers yet: call start(model) before update(model, step).')
+        self._require_training_weights('update')
+        theta = self._tensors_to_average(_named_tensors(model))
+        if self.nonfinite != 'ignore' and not self._all_finite(theta, step):
+            self.num_skipped += 1
+            return None
+        steps = [group.rule.linear_step(step, elapsed) for group in self._groups]
+        for linear_step, group, tensors in zip(steps, self._groups, theta, strict=True):
+            buffers = {name: [kept[n] for n in tensors] for name, kept in group.buffers.items()}
+            kernels.apply_step(linear_step, list(tensors.values()), buffers)
+        self.num_updates += 1
+        return steps[0].coefficients
+
+    def average(self) -> dict[str, torch.Tensor]:
+        """Returns the averaged tensors by canonical name: the state's own memory, or the model's while swapped."""
+        exchanged = {} if self._swap is None else self._exchanged()
+        return {n: exchanged.get(n, tensor) for group in self._groups for n, tensor in group.average.items()}
+
+    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Returns a copy of the state dict of ``model`` with the average in it, by canonical name, in its dtypes."""
+        state = model.state_dict()
+        average, first = self.average(), first_names(model)
+        averaged = {}
+        for n, value in zip(canonical_names(model, list(state)), state.values(), strict=True):
+            averaged[n] = value
+            if isinstance(value, torch.Tensor):
+                averaged[n] = average.get(first.get(n, n), value).to(value, copy=True)
+        return averaged
+
+    @torch.no_grad()
+    def copy_to(self, model: torch.nn.Module) -> None:
+        """Overwrites the averaged tensors of ``model`` with the average, rounded once to the model's dtypes.
+
+        Raises:
+            ValueError: If the model lacks an averaged tensor or has it in another shape.
+        """
+        self._copy(self.average(), model)
+
+    @torch.no_grad()
+    def copy_training_weights_to(self, model: torch.nn.Module) -> None:
+        """Overwrites the averaged tensors of ``model`` with the training weights that rest here while swapped."""
+        if self._swap is None:
+            raise RuntimeError('The training weights are in the model that is being trained, not here.')
+        self._copy(self._resting(), model)
+
+    @torch.no_grad()
+    def swap_in(self, model: torch.nn.Module) -> None:
+        """Puts the average into ``model``, to be taken out again by :meth:`swap_out`.
+
+        Values are exchanged bit for bit where dtype and device agree. Elsewhere the training weights rest in a copy of
+        their own dtype, since a trip of the average through bf16 weights would round it.
+        """
+        self._require_training_weights('swap_in')
+        average = self.average()
+        live = _matching(average, _named_tensors(model))
+        copied = [n for n, tensor in live.items() if not _exchangeable(tensor, average[n])]
+        # All that can fail for want of memory comes before the first weight is touched.
+        self._swap = swap = _Swap(stash={n: live[n].clone() for n in copied})
+        for n in copied:
+            swap.live[n] = live[n].copy_(average[n])
+        for n in live.keys() - swap.stash.keys():
+            kernels.exchange([live[n]], [average[n]])
+            swap.live[n] = live[n]
+
+    @torch.no_grad()
+    def swap_out(self) -> None:
+        """Puts the training weights back, bit for bit. Does nothing if they are in the model already."""
+        if self._swap is None:
+            return
+        resting = self._resting()
+        for n, tensor in self._swap.live.items():
+            if n in self._swap.stash:
+                tensor.copy_(resting[n])
+            else:
+                kernels.exchange([tensor], [resting[n]])
+        self._swap = None
+
+    @contextlib.contextmanager
+    def applied_to(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """Holds the average in ``model`` for a block, and puts the training weights back whatever happens inside.
+
+        Example:
+            >>> with state.applied_to(model):
+            ...     evaluate(model)
+        """
+        self.swap_in(model)
+        try:
+            yield model
+        finally:
+            self.swap_out()
+
+    def distance(self, model: torch.nn.Module) -> float:
+        """Returns the Euclidean distance between the average and the training weights in ``model``, parameters only."""
+        self._require_training_weights('distance')
+        average = self._groups[0].average
+        live = _matching(average, _named_tensors(model))
+        return kernels.distance(list(live.values()), [average[n] for n in live])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the buffers and counters: tensors, numbers and strings, without copying a tensor.
+
+        While swapped the training weights are part of it, and the average is the model's own memory, so that a file
+        that holds both stores it once.
+        """
+        average = self.average()
+        buffers: dict[str, dict[str, torch.Tensor]] = {}
+        for group in self._groups:
+            for name, kept in group.buffers.items():
+                is_average = name == group.rule.average
+                buffers.setdefault(name, {}).update({n: average[n] if is_average else t for n, t in kept.items()})
+        state = {
+            'num_updates': self.num_updates,
+            'num_skipped': self.num_skipped,
+            MODEL_HOLDS: 'average' if self.swapped else 'training',
+            BUFFERS: buffers,
+        }
+        if self.swapped:
+            state[TRAINING_WEIGHTS] = self._resting()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], model: torch.nn.Module) -> None:
+        """Restores what :meth:`state_dict` returned, and puts the training weights into ``model`` if it says so.
+
+        Args:
+            state (Mapping[str, Any]): The saved state. Its tensors are copied.
+            model (torch.nn.Module): The model, under any wrapping, holding the weights saved beside the state.
+
+        Raises:
+            ValueError: If a buffer, a tensor's name or a shape is missing, unexpected or different. Nothing is changed
+                then.
+        """
+        self._require_training_weights('load_state_dict')
+        groups = self._loaded_groups(state[BUFFERS], model) if state[BUFFERS] else []
+        if state[MODEL_HOLDS] == 'average':
+            with torch.no_grad():
+                self._copy(state[TRAINING_WEIGHTS], model)
+        self._groups = groups
+        self.num_updates, self.num_skipped = state['num_updates'], state['num_skipped']
+
+    def _averaged_tensors(self, model: torch.nn.Module) -> list[tuple[Rule, dict[str, torch.Tensor]]]:
+        """Returns the tensors of ``model`` by the rule that they fall under; the parameters come first."""
+        parameters = {n: local_tensor(p) for n, p in named_parameters(model).items() if p.requires_grad}
+        if not parameters:
+            raise ValueError('The model has no trainable parameters, so there is nothing to average.')
+        buffers = {n: local_tensor(b) for n, b in named_persistent_buffers(model).items()}
+        statistics = {n: b for n, b in buffers.items() if self.average_buffers and _is_inexact(b)}
+        copied = {n: b for n, b in buffers.items() if n not in statistics}
+        return [(self.rule, parameters), (self.rule.statistics, statistics), (Latest(), copied)]
+
+    @torch.no_grad()
+    def _snapshot(self, tensors: Mapping[str, torch.Tensor], constant: bool) -> dict[str, torch.Tensor]:
+        """Returns copies of ``tensors`` as a buffer keeps them."""
+        return {
+            n: self._placed(t.to(_lossless_dtype(t) if constant else _buffer_dtype(t), copy=True), like=t)
+            for n, t in tensors.items()
+        }
+
+    def _placed(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Returns ``tensor`` where the buffers of ``like`` live; host memory is pinned for an accelerator's weights."""
+        placed = tensor.to(like.device if self.device is None else self.device)
+        return placed.pin_memory() if placed.device.type == 'cpu' and like.device.type == 'cuda' else placed
+
+    def _tensors_to_average(self, named: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Returns, a group each, the tensors to update from. A parameter that froze keeps its average."""
+        _require_no_newcomers(named, self._groups[0].average)
+        parameters, *others = (_matching(group.average, named) for group in self._groups)
+        return [{n: t for n, t in parameters.items() if named[n].requires_grad}, *others]
+
+    def _all_finite(self, theta: list[dict[str, torch.Tensor]], step: int) -> bool:
+        tensors = {n: t for group in theta for n, t in group.items() if _is_inexact(t)}
+        bad = kernels.first_nonfinite(list(tensors.values()))
+        if not _any_rank(bad is not None, next(iter(tensors.values())).device if tensors else torch.device('cpu')):
+            return True
+        if self.nonfinite == 'raise':
+            where = 'a parameter on another rank' if bad is None else f"'{list(tensors)[bad]}'"
+            raise FloatingPointError(
+                f'After step {step} {where} holds a NaN or an infinity, which would poison the average for ever. The '
+                "average is as it was before; nonfinite='skip' leaves such steps out.",
+            )
+        return False
+
+    def _exchanged(self) -> dict[str, torch.Tensor]:
+        """Returns the live tensors that swapped values with the average, so that they hold it and it holds theirs."""
+        assert self._swap is not None
+        return {n: tensor for n, tensor in self._swap.live.items() if n not in self._swap.stash}
+
+    def _resting(self) -> dict[str, torch.Tensor]:
+        """Returns the training weights while swapped."""
+        assert self._swap is not None
+        kept = {n: tensor for group in self._groups for n, tensor in group.average.items()}
+        return {n: self._swap.stash.get(n, kept[n]) for n in self._swap.live}
+
+    def _copy(self, source: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+        for n, tensor in _matching(source, _named_tensors(model)).items():
+            tensor.copy_(source[n])
+
+    def _loaded_groups(self, saved: Mapping[str, Mapping[str, torch.Tensor]], model: torch.nn.Module) -> list[_Group]:
+        named = _named_tensors(model)
+        for tensors in saved.values():
+            _matching(tensors, named)
+        lacking = [name for name in self.rule.buffers if name not in saved]
+        if lacking:
+            raise ValueError(
+                f"The saved average has no buffer '{lacking[0]}', which these settings need: it was saved under "
+                f'another rule, with {sorted(saved)}.',
+            )
+        (rule, _), *others = self._averaged_tensors(model)
+        # A module buffer is saved once, under whichever rule it had then.
+        anywhere = {n: tensor for tensors in saved.values() for n, tensor in tensors.items()}
+        module_buffers = {n for _, tensors in others for n in tensors}
+        # The saved parameters rather than the trainable ones: some may have frozen since.
+        parameters = [n for n in saved[rule.average] if n not in module_buffers]
+        _require_no_newcomers(named, parameters)
+        groups = [
+            _Group(rule, {b: self._restored(saved[b], parameters, named, b in rule.constants) for b in rule.buffers}),
+        ]
+        for other, tensors in others:
+            groups.append(_Group(other, {b: self._restored(anywhere, tensors, named) for b in other.buffers}))
+        return groups
+
+    @torch.no_grad()
+    def _restored(
+        self,
+        saved: Mapping[str, torch.Tensor],
+        names: Iterable[str],
+        named: Mapping[str, torch.Tensor],
+        constant: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Returns copies of saved tensors as a buffer keeps them."""
+        restored = {}
+        for n in names:
+            if n not in saved:
+                raise ValueError(f"The saved average has no tensor '{n}', which the model has.")
+            dtype = saved[n].dtype if constant else _buffer_dtype(named[n])
+            restored[n] = self._placed(saved[n].to(dtype, copy=True), like=named[n])
+        return restored
+
+    def _require_training_weights(self, call: str) -> None:
+        if self.swapped:
+            raise RuntimeError(
+                f'{call} needs the training weights in the model, but the average is there: swap_out first.'
+            )
+
+
+def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the parameters and persistent module buffers of a model by canonical name."""
+    return {**named_parameters(model), **named_persistent_buffers(model)}
+
+
+def _matching(wanted: Mapping[str, torch.Tensor], named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the local tensors in ``named`` of the names and shapes in ``wanted``."""
+    found = {}
+    for n, tensor in wanted.items():
+        if n not in named:
+            raise ValueError(f"The average has a tensor '{n}' that the model lacks.")
+        found[n] = local_tensor(named[n])
+        if found[n].shape != tensor.shape:
+            raise ValueError(
+                f"The average of '{n}' has the shape {tuple(tensor.shape)}, but the model's has "
+                f'{tuple(found[n].shape)}.',
+            )
+    return found
+
+
+def _require_no_newcomers(named: Mapping[str, torch.Tensor], averaged: Collection[str]) -> None:
+    for n, tensor in named.items():
+        if tensor.requires_grad and n not in averaged:
+            raise ValueError(
+                f"The parameter '{n}' is trainable but has no average: the set of trainable parameters may shrink "
+                'during a run, not grow. Let it require gradients before averaging starts, or freeze it.',
+            )
+
+
+def _is_inexact(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _buffer_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """An average kept in 16 bits loses small updates; fp64 weights keep their precision."""
+    return torch.promote_types(tensor.dtype, torch.float32) if _is_inexact(tensor) else tensor.dtype
+
+
+def _lossless_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The smallest dtype that holds the values exactly, for a buffer that no update writes to."""
+    if not tensor.is_floating_point() or tensor.element_size() <= 2:
+        return tensor.dtype
+    return torch.bfloat16 if kernels.is_exact_in(tensor, torch.bfloat16) else _buffer_dtype(tensor)
+
+
+def _exchangeable(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    """Returns whether the flag is set on any rank: one scalar all-reduce, so that all ranks decide alike."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    verdict = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MAX)
+    return bool(verdict.item())

@@ -1,0 +1,222 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""BEMA and EMA for hand-written training loops, with torch alone.
+
+Example:
+    >>> from composer_bema import functional as cf
+    >>> state = cf.init_bema(model, update_freq=10)
+    >>> for batch in loader:
+    ...     train_step(model, batch)
+    ...     cf.compute_bema(model, state)
+    >>> with state.applied_to(model):
+    ...     evaluate(model)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+import torch
+
+from composer_bema.averaging.defaults import DEFAULTS
+from composer_bema.averaging.rules import Rule, bema_rule, ema_rule
+from composer_bema.averaging.state import AverageState, NonFinite
+
+__all__ = ['LoopState', 'compute_bema', 'compute_ema', 'init_bema', 'init_ema']
+
+Steps = Union[int, str]
+
+
+class LoopState(AverageState):
+    """An :class:`.AverageState` that counts the optimizer steps of a loop and knows when an update is due.
+
+    Args:
+        rule (Rule): The average.
+        model (torch.nn.Module): The model before its first step.
+        update_freq (int | str): phi, the steps between two updates, counted from ``update_after``; ``400`` or
+            ``'400ba'``.
+        update_after (int | str): tau, the step at which theta_0 and the EMA are taken. ``0`` takes the weights before
+            the first step.
+
+    The other arguments are those of :class:`.AverageState`.
+
+    Attributes:
+        step (int): The optimizer steps counted so far.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        model: torch.nn.Module,
+        *,
+        update_freq: Steps,
+        update_after: Steps,
+        average_buffers: bool,
+        nonfinite: NonFinite,
+        device: Optional[Union[torch.device, str]],
+    ) -> None:
+        super().__init__(rule, average_buffers=average_buffers, nonfinite=nonfinite, device=device)
+        self.update_freq = _steps('update_freq', update_freq, at_least=1)
+        self.update_after = _steps('update_after', update_after, at_least=0)
+        self.step = 0
+        self._start_if_reached(model)
+
+    def count_step(self, model: torch.nn.Module) -> bool:
+        """Counts one optimizer step, takes theta_0 at tau, updates when due, and returns whether it updated."""
+        self.step += 1
+        if not self.started:
+            self._start_if_reached(model)
+            return False
+        if (self.step - self.update_after) % self.update_freq:
+            return False
+        return self.update(model, self.step, elapsed=self.update_freq) is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), 'step': self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any], model: torch.nn.Module) -> None:
+        super().load_state_dict(state, model)
+        self.step = state['step']
+
+    def _start_if_reached(self, model: torch.nn.Module) -> None:
+        if self.step >= self.update_after:
+            self.start(model)
+
+
+def init_bema(
+    model: torch.nn.Module,
+    *,
+    update_freq: Optional[Steps] = None,
+    update_after: Steps = DEFAULTS.update_after,
+    ema_power: Optional[float] = DEFAULTS.ema_power,
+    bias_power: Optional[float] = DEFAULTS.bias_power,
+    lag: float = DEFAULTS.lag,
+    multiplier: float = DEFAULTS.multiplier,
+    min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
+    half_life: Optional[float] = None,
+    average_buffers: bool = True,
+    nonfinite: NonFinite = 'raise',
+    device: Optional[Union[torch.device, str]] = None,
+) -> LoopState:
+    r"""Starts the bias-corrected EMA of a model's weights (arXiv 2508.00180).
+
+    .. math::
+        EMA_t &= (1 - \beta_t) EMA_{t - \phi} + \beta_t \theta_t, & \beta_t &= \max((\rho + \gamma t)^{-\kappa}, m) \\
+        BEMA_t &= EMA_t + \alpha_t (\theta_t - \theta_0), & \alpha_t &= (\rho + \gamma t)^{-\eta}
+
+    where t counts the calls of :func:`compute_bema`, and neither alpha nor beta exceeds 1.
+
+    Args:
+        model (torch.nn.Module): The model before its first step.
+        update_freq (int | str, optional): phi, the steps from one update to the next; ``10`` or ``'10ba'``. Default:
+            ``400``, or ``1`` with ``half_life``.
+        update_after (int | str): tau, the step at which theta_0 and the EMA are taken. Default: ``0``, the weights
+            before the first step.
+        ema_power (float, optional): kappa, at least 0. ``0`` keeps no history, and ``None`` switches the EMA off, so
+            that only the correction is added to the newest weights.
+        bias_power (float, optional): eta, at least 0. ``0`` corrects fully for ever, a large value fades the
+            correction, and ``None`` switches it off.
+        lag (float): rho, the virtual starting age in steps.
+        multiplier (float): gamma, the pace at which both schedules age.
+        min_ema_multiplier (float): m, the floor of beta, in [0, 1].
+        half_life (float, optional): In steps. Replaces ``ema_power`` by the constant
+            :math:`\beta = 1 - 2^{-\phi / \text{half\_life}}`.
+        average_buffers (bool): Whether floating-point module buffers are averaged too, or copied.
+        nonfinite (str): ``'raise'``, ``'skip'`` or ``'ignore'`` updates from weights that hold a NaN or an infinity.
+        device (torch.device | str, optional): Where the average is kept; ``'cpu'`` for host memory. Default: beside the
+            parameters.
+
+    Returns:
+        LoopState: The state to hand to :func:`compute_bema`. It keeps three fp32 buffers a parameter at most.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+    """
+    return LoopState(
+        bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, half_life),
+        model,
+        update_freq=_default_freq(update_freq, half_life),
+        update_after=update_after,
+        average_buffers=average_buffers,
+        nonfinite=nonfinite,
+        device=device,
+    )
+
+
+def compute_bema(model: torch.nn.Module, state: LoopState) -> bool:
+    """Follows one optimizer step. Call it once after every ``optimizer.step()``.
+
+    Args:
+        model (torch.nn.Module): The model, holding its training weights.
+        state (LoopState): The state that :func:`init_bema` returned; changed in place.
+
+    Returns:
+        bool: Whether the average was updated.
+
+    Raises:
+        FloatingPointError: If an update is due, a weight is not finite and ``nonfinite='raise'``.
+        RuntimeError: If the model holds the average.
+    """
+    return state.count_step(model)
+
+
+def init_ema(
+    model: torch.nn.Module,
+    *,
+    half_life: Optional[float] = None,
+    smoothing: Optional[float] = None,
+    update_freq: Optional[Steps] = None,
+    update_after: Steps = DEFAULTS.update_after,
+    ema_power: Optional[float] = DEFAULTS.ema_power,
+    lag: float = DEFAULTS.lag,
+    multiplier: float = DEFAULTS.multiplier,
+    min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
+    average_buffers: bool = True,
+    nonfinite: NonFinite = 'raise',
+    device: Optional[Union[torch.device, str]] = None,
+) -> LoopState:
+    """Starts the plain EMA of a model's weights: BEMA without its correction, or with a constant rate.
+
+    Args:
+        half_life (float, optional): In steps; as in :func:`init_bema`.
+        smoothing (float, optional): Replaces ``ema_power`` by the constant beta = 1 - smoothing at every update, in
+            [0, 1). ``update_freq`` then defaults to ``1``.
+
+    The other arguments, and the errors, are those of :func:`init_bema`.
+
+    Returns:
+        LoopState: The state to hand to :func:`compute_ema`. It keeps one fp32 buffer a parameter.
+    """
+    return LoopState(
+        ema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life, smoothing),
+        model,
+        update_freq=_default_freq(update_freq, half_life, smoothing),
+        update_after=update_after,
+        average_buffers=average_buffers,
+        nonfinite=nonfinite,
+        device=device,
+    )
+
+
+def compute_ema(model: torch.nn.Module, state: LoopState) -> bool:
+    """Follows one optimizer step, as :func:`compute_bema` does."""
+    return state.count_step(model)
+
+
+def _default_freq(update_freq: Optional[Steps], *constant_rates: Optional[float]) -> Steps:
+    if update_freq is not None:
+        return update_freq
+    return DEFAULTS.update_freq if all(rate is None for rate in constant_rates) else 1
+
+
+def _steps(name: str, value: Steps, at_least: int) -> int:
+    """Reads a number of steps given as an int or as Composer writes batches, ``'400ba'``."""
+    match = None if isinstance(value, bool) else re.fullmatch(r'([0-9]+)(ba)?', str(value))
+    if match is None or int(match[1]) < at_least:
+        raise ValueError(
+            f"{name} must be a number of steps of at least {at_least}, such as 400 or '400ba', but is {value!r}.",
+        )
+    return int(match[1])

@@ -1,0 +1,80 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is installed, and with what; the settings of the tools are in `pyproject.toml`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version, read and not imported: while the package is being built its dependencies are not there."""
+    match = re.search(r"^__version__ = '(.+)'$", (ROOT / 'composer_bema/version.py').read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError("composer_bema/version.py has no line `__version__ = '...'`")
+    return match.group(1)
+
+
+# Lower bounds admit llm-foundry 0.22, so that one environment holds both. Composer itself bounds torch and numpy from
+# above, but transformers and datasets only in its `nlp` extra, whose upper bounds are repeated here.
+INSTALL_REQUIRES = [
+    'mosaicml>=0.31,<0.33',
+    'torch>=2.6',
+    'numpy>=1.26',
+    'transformers>=4.51,<4.54',
+    'datasets>=3.3.2,<5',
+    'mosaicml-streaming>=0.12,<1',
+    'safetensors>=0.4.3,<1',
+    'omegaconf>=2.3,<3',
+    'pyyaml>=6.0,<7',
+    'click>=8.1,<9',
+    'matplotlib>=3.8,<4',
+    'tabulate>=0.9,<1',
+]
+
+PEFT = ['peft>=0.10,<0.17']
+
+EXTRAS_REQUIRE = {
+    'peft': PEFT,
+    'test': [*PEFT, 'pytest>=8,<10', 'hypothesis>=6.100,<7'],
+    # Exact, so that a new release of a linter fails nobody's build. `pyright[nodejs]` takes node from a wheel: plain
+    # `pyright` downloads it at its first run, from a host that a machine with only a package index cannot reach.
+    'lint': ['ruff==0.17.6', 'pyright[nodejs]==1.1.414', 'pre-commit>=4,<5'],
+}
+
+setup(
+    name='composer_bema',
+    version=read_version(),
+    description='Weight averaging without the lag (BEMA) for MosaicML Composer',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    author='composer_bema authors',
+    license='Apache-2.0',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3 :: Only',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
+    python_requires='>=3.10,<3.13',
+    packages=find_packages(include=['composer_bema', 'composer_bema.*']),
+    package_data={'composer_bema': ['py.typed']},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={
+        'console_scripts': ['composer-bema = composer_bema.cli:main'],
+        # llm-foundry fills its registry of algorithms from this group, so that its YAMLs can name ours.
+        'llmfoundry_algorithms': [
+            'bema = composer_bema.algorithms:BEMA',
+            'ema = composer_bema.algorithms:EMA',
+        ],
+    },
+)
