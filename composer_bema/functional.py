@@ -62,6 +62,7 @@ class LoopState(AverageState):
         self.update_freq = _steps('update_freq', update_freq, at_least=1)
         self.update_after = _steps('update_after', update_after, at_least=0)
         self.step = 0
+        self._last_update = 0
         self._start_if_reached(model)
 
     def count_step(self, model: torch.nn.Module) -> bool:
@@ -72,18 +73,22 @@ class LoopState(AverageState):
             return False
         if (self.step - self.update_after) % self.update_freq:
             return False
-        return self.update(model, self.step, elapsed=self.update_freq) is not None
+        if self.update(model, self.step, elapsed=self.step - self._last_update) is None:
+            return False
+        self._last_update = self.step
+        return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), 'step': self.step}
+        return {**super().state_dict(), 'step': self.step, 'last_update': self._last_update}
 
     def load_state_dict(self, state: Mapping[str, Any], model: torch.nn.Module) -> None:
         super().load_state_dict(state, model)
-        self.step = state['step']
+        self.step, self._last_update = state['step'], state['last_update']
 
     def _start_if_reached(self, model: torch.nn.Module) -> None:
         if self.step >= self.update_after:
             self.start(model)
+            self._last_update = self.step
 
 
 def init_bema(

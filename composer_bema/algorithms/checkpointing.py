@@ -58,8 +58,8 @@ class RestoreAfterFailedEvaluation:
 
     def __call__(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
         algorithm = None if self._algorithm is None else self._algorithm()
-        # Composer evaluates without gradients, and an exception brings them back.
-        if algorithm is not None and algorithm.is_evaluating and torch.is_grad_enabled():
+        # Composer evaluates in eval mode, and leaves it on an exception too.
+        if algorithm is not None and algorithm.is_evaluating and module.training:
             algorithm.swap_out()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -78,8 +78,8 @@ def intervals_since(origin: float, interval: Time, timestamp: Timestamp, state: 
 def elapsed(unit: TimeUnit, state: State) -> float:
     """Returns the time since the start of the run in ``unit``, epochs with the fraction that is done."""
     if unit == TimeUnit.DURATION:
-        duration = state.get_elapsed_duration()
-        return 0.0 if duration is None else duration.value
+        assert state.max_duration is not None, 'the trainer sets it before the first event of fit'
+        return elapsed(state.max_duration.unit, state) / state.max_duration.value
     if unit != TimeUnit.EPOCH:
         return float(state.timestamp.get(unit).value)
     batches = state.timestamp.batch_in_epoch.value
@@ -99,16 +99,21 @@ def in_batches(time: Optional[Time], state: State) -> Optional[float]:
 
 
 def counted_unit(time: Time, state: State) -> TimeUnit:
-    """Returns the unit of a time, which for a fraction of the run is the unit of the run's duration."""
+    """Returns the unit that a time is counted in; a fraction of the run counts in that of its duration."""
     if time.unit != TimeUnit.DURATION:
         return time.unit
     assert state.max_duration is not None, 'the trainer sets it before the first event of fit'
-    return state.max_duration.unit
+    in_epochs = state.max_duration.unit == TimeUnit.EPOCH
+    return TimeUnit.BATCH if in_epochs and state.dataloader_len is not None else state.max_duration.unit
 
 
 def _length(time: Time, state: State) -> Fraction:
-    """Returns the length of a time in its counted unit, exactly: 0.1 times three tenths has to be reached at 3."""
+    """Returns the length of a time in its counted unit, exactly: three tenths of ten have to be reached at 3."""
     if time.unit != TimeUnit.DURATION:
         return Fraction(time.value)
     assert state.max_duration is not None, 'the trainer sets it before the first event of fit'
-    return Fraction(str(time.value)) * state.max_duration.value
+    whole = state.max_duration.value
+    if counted_unit(time, state) != state.max_duration.unit:
+        assert state.dataloader_len is not None, 'the counted unit says so'
+        whole *= state.dataloader_len.value
+    return Fraction(str(time.value)) * whole

@@ -326,17 +326,19 @@ class WeightAveraging(Algorithm):
                 raise ValueError(
                     f"{self._name} has the eval label '{label}', but the evaluators of this run are {sorted(labels)}.",
                 )
-        length, first_update = times.in_batches(state.max_duration, state), self._first_update(state)
-        if length is not None and first_update is not None and first_update > length:
+        if not self.average.started:
+            self._warn_of_a_short_run(state)
+
+    def _warn_of_a_short_run(self, state: State) -> None:
+        wait, interval, length = (
+            times.in_batches(time, state) for time in (self.update_after, self.update_freq, state.max_duration)
+        )
+        if wait is not None and interval is not None and length is not None and wait + interval > length:
             warnings.warn(
-                f'{self._name} will average nothing: its first update is due after {first_update:g} steps, but the run '
-                f'ends after {length:g}.',
+                f'{self._name} will average nothing: its first update is due after {wait + interval:g} steps, but the '
+                f'run ends after {length:g}.',
                 stacklevel=2,
             )
-
-    def _first_update(self, state: State) -> Optional[float]:
-        parts = [times.in_batches(time, state) for time in (self.update_after, self.update_freq)]
-        return None if None in parts else sum(part for part in parts if part is not None)
 
     # Resuming
 

@@ -1,0 +1,382 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Events, times and evaluators: when an average is updated, who sees it, and that training never does."""
+
+import copy
+
+import pytest
+import torch
+from composer import Callback, Event
+from composer.algorithms import EMA as ComposerEMA
+from composer.core import DataSpec
+from torch.utils.data import DataLoader, TensorDataset
+
+from composer_bema import BEMA, EMA
+from tests.algorithms.runs import (
+    Record,
+    make_classifier,
+    make_evaluator,
+    make_loader,
+    make_trainer,
+    same,
+    weights_of,
+)
+
+
+class TrainingWeights(Callback):
+    """Fails unless each step starts from the weights that the step before it left."""
+
+    def __init__(self):
+        self.left = None
+
+    def batch_start(self, state, logger):
+        assert self.left is None or same(self.left, weights_of(state.model))
+
+    def batch_end(self, state, logger):
+        self.left = weights_of(state.model)
+
+    def fit_end(self, state, logger):
+        assert same(self.left, weights_of(state.model))
+
+
+class FailIn(Callback):
+    """Raises the first time that the given event comes."""
+
+    def __init__(self, event):
+        self.event = event
+        self.has_failed = False
+
+    def run_event(self, event, state, logger):
+        if event == self.event and not self.has_failed:
+            self.has_failed = True
+            raise OSError('the evaluation failed')
+
+
+def update_steps(algorithm, **kwargs):
+    """The steps at which a run updated its average."""
+    steps = []
+    update = algorithm._update
+
+    def recorded(state, logger):
+        steps.append(state.timestamp.batch.value)
+        update(state, logger)
+
+    algorithm._update = recorded
+    iteration_length = kwargs.pop('iteration_length', None)
+    trainer = make_trainer(algorithm, callbacks=[TrainingWeights()], **kwargs)
+    trainer.state._iteration_length = iteration_length
+    trainer.fit()
+    trainer.close()
+    return steps
+
+
+@pytest.mark.parametrize(
+    ('settings', 'run', 'expected'),
+    [
+        # 12 steps an epoch, 8 samples or 16 tokens a step.
+        ({'update_freq': '10ba'}, {}, [10, 20]),
+        ({'update_freq': '10ba', 'update_after': '3ba'}, {}, [13, 23]),
+        ({'update_freq': '5ba', 'update_after': '5ba'}, {}, [10, 15, 20]),
+        ({'update_freq': '1ep'}, {}, [12, 24]),
+        ({'update_freq': '1ep', 'update_after': '5ba'}, {}, [12, 24]),
+        ({'update_freq': '6ba', 'update_after': '1ep'}, {}, [18, 24]),
+        # 20 samples are passed by steps 3, 5, 8, 10, ...: a modulo would miss all but each fifth.
+        ({'update_freq': '20sp'}, {'max_duration': '10ba'}, [3, 5, 8, 10]),
+        ({'update_freq': '50tok', 'update_after': '16tok'}, {'max_duration': '12ba'}, [5, 8, 11]),
+        # Tenths of 20 steps, and of three epochs in epochs: none may be late for a rounding error.
+        ({'update_freq': '0.1dur'}, {'max_duration': '20ba'}, list(range(2, 21, 2))),
+        ({'update_freq': '0.3333dur', 'update_after': '0.25dur'}, {'max_duration': '12ba'}, [7, 11]),
+        ({'update_freq': '0.25dur', 'update_after': '0.125dur'}, {'max_duration': '2ep'}, [9, 15, 21]),
+        ({'update_freq': '1iter'}, {'iteration_length': '1ep'}, [12, 24]),
+        ({'update_freq': '10ba', 'update_after': '30ba'}, {'max_duration': '3ep'}, []),
+    ],
+)
+def test_updates_are_counted_from_the_burn_in(settings, run, expected):
+    if not expected:
+        with pytest.warns(UserWarning, match='BEMA will average nothing: its first update is due after 40 steps'):
+            assert update_steps(BEMA(**settings), **run) == expected
+    else:
+        assert update_steps(BEMA(**settings), **run) == expected
+
+
+def test_theta_0_is_taken_at_the_burn_in():
+    record = Record(lambda state: weights_of(state.model), Event.FIT_START, Event.BATCH_END)
+    for update_after, step in (('0ba', 0), ('1ba', 1), ('1ep', 12)):
+        bema = BEMA('1ba', update_after)
+        trainer = make_trainer(bema, callbacks=[record])
+        trainer.fit()
+        trainer.close()
+        theta_0 = bema.average.state_dict()['buffers']['theta_0']
+        assert theta_0.keys() < record.seen[step].keys()
+        assert all(torch.equal(tensor.float(), record.seen[step][name]) for name, tensor in theta_0.items())
+
+
+@pytest.mark.parametrize(
+    ('half_life', 'update_freq', 'elapsed'),
+    [('6ba', '3ba', 3 / 6), ('1ep', '3ba', 0.25), ('80sp', '5ba', 0.5), ('0.5dur', '6ba', 0.5), ('12ba', '1ep', 1.0)],
+)
+def test_a_half_life_may_have_another_unit(half_life, update_freq, elapsed):
+    """After each update the EMA is (1 - beta) EMA + beta theta with beta = 1 - 2^-(elapsed / half_life)."""
+    ema = EMA(half_life, update_freq=update_freq)
+    average, theta = {}, {}
+
+    def look(state):
+        average[state.timestamp.batch.value] = ema.average.average()['module.7.bias'].clone()
+        theta[state.timestamp.batch.value] = weights_of(state.model)['module.7.bias']
+
+    trainer = make_trainer(ema, callbacks=[Record(look, Event.FIT_START, Event.BATCH_END, Event.EPOCH_END)])
+    trainer.state.max_duration = '2ep'
+    trainer.fit()
+    trainer.close()
+    first, second = {'3ba': (3, 6), '5ba': (5, 10), '6ba': (6, 12), '1ep': (12, 24)}[update_freq]
+    beta = 1 - 0.5**elapsed
+    expected = (1 - beta) * average[0] + beta * theta[first]
+    torch.testing.assert_close(average[first], expected)
+    torch.testing.assert_close(average[second], (1 - beta) * expected + beta * theta[second])
+
+
+def test_training_is_the_same_with_and_without_an_average():
+    """Averaging, evaluating and saving leave the training weights bit for bit alone, everywhere in the loop."""
+
+    def run(*algorithms, **kwargs):
+        trainer = make_trainer(*algorithms, max_duration='30ba', **kwargs)
+        trainer.fit()
+        trainer.close()
+        return weights_of(trainer.state.model)
+
+    evaluators = [make_evaluator(label) for label in ('training', 'ema', 'bema')]
+    busy = {'eval_dataloader': evaluators, 'eval_interval': '1ba', 'callbacks': [TrainingWeights()]}
+    plain = run(eval_dataloader=[make_evaluator(label) for label in ('training', 'ema', 'bema')], eval_interval='1ba')
+    assert same(plain, run(BEMA('3ba', eval_labels=['bema']), EMA('5ba', eval_labels=['ema']), **busy))
+
+
+def test_each_evaluator_sees_its_own_average():
+    ema, bema = EMA('4ba', eval_labels=['ema']), BEMA('2ba', eval_labels=['bema', 'predict'])
+    seen = {}
+
+    def look(state):
+        if state.timestamp.batch == 6:
+            seen[state.dataloader_label] = weights_of(state.model)
+
+    labels = ['bema', 'training', 'ema']
+    trainer = make_trainer(
+        ema,
+        bema,
+        max_duration='6ba',
+        eval_dataloader=[make_evaluator(label) for label in labels],
+        eval_interval='3ba',
+        callbacks=[Record(look, Event.EVAL_BATCH_END, Event.PREDICT_BATCH_END), TrainingWeights()],
+    )
+    trainer.fit()
+    training = weights_of(trainer.state.model)
+    trainer.predict(make_loader(16, shuffle=False))
+    assert same(seen['training'], training)
+    for label, average in (('ema', ema), ('bema', bema), ('predict', bema)):
+        expected = average.averaged_state_dict()
+        assert not same(seen[label], training)
+        assert all(torch.equal(seen[label][name], expected[name]) for name in seen[label])
+    assert same(weights_of(trainer.state.model), training)
+    trainer.close()
+
+
+def test_nothing_is_swapped_before_the_first_update():
+    seen = Record(lambda state: weights_of(state.model), Event.EVAL_BATCH_END)
+    left = Record(lambda state: weights_of(state.model), Event.BATCH_END)
+    bema = BEMA('5ba')
+    trainer = make_trainer(
+        bema, max_duration='5ba', eval_dataloader=make_evaluator('eval'), eval_interval='1ba', callbacks=[seen, left]
+    )
+    with pytest.raises(ValueError, match='no BEMA update yet'):
+        bema.get_bema_model(trainer.state.model)
+    trainer.fit()
+    trainer.close()
+    assert [step for step in range(1, 6) if same(seen.seen[step], left.seen[step])] == [1, 2, 3, 4]
+
+
+def test_logs_coefficients_and_distance():
+    from composer.loggers import InMemoryLogger
+
+    logger = InMemoryLogger()
+    trainer = make_trainer(
+        BEMA('2ba'), max_duration='4ba', loggers=[logger], eval_dataloader=make_evaluator('eval'), eval_interval='4ba'
+    )
+    trainer.fit()
+    trainer.close()
+    values = {name: [value for _, value in series] for name, series in logger.data.items()}
+    assert values['bema/beta'] == pytest.approx([12**-0.5, 14**-0.5])
+    assert values['bema/alpha'] == pytest.approx([12**-0.2, 14**-0.2])
+    assert values['bema/num_updates'] == [1, 2]
+    assert len(values['bema/distance']) == 1 and values['bema/distance'][0] > 0
+
+
+@pytest.mark.parametrize('event', [Event.EVAL_START, Event.EVAL_BATCH_END, Event.EVAL_END])
+def test_a_failed_evaluation_leaves_training_weights(tmp_path, event):
+    """After an exception in an evaluation, fit goes on from the training weights and data, and saving saves those."""
+    evaluator = {'eval_dataloader': make_evaluator('eval'), 'eval_interval': '2ba'}
+    left = Record(lambda state: weights_of(state.model), Event.BATCH_END)
+    trainer = make_trainer(BEMA('2ba'), max_duration='6ba', callbacks=[left, FailIn(event)], **evaluator)
+    with pytest.raises(OSError, match='evaluation failed'):
+        trainer.fit()
+    for weights_only in (True, False):
+        path = trainer.save_checkpoint(str(tmp_path / f'{weights_only}.pt'), weights_only=weights_only)
+        saved = torch.load(path, weights_only=False)['state']['model']
+        assert same({name: saved[name] for name in left.seen[2]}, left.seen[2])
+    trainer.fit()
+    assert trainer.state.dataloader_label == 'train'
+    assert trainer.state.dataloader is trainer.state.train_dataloader
+    trainer.close()
+    assert trainer.state.timestamp.batch == 6
+    assert not same(weights_of(trainer.state.model), left.seen[2])
+
+
+def test_a_failed_evaluation_outside_fit():
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, max_duration='2ba', callbacks=[FailIn(Event.EVAL_BATCH_END)])
+    trainer.fit()
+    training = weights_of(trainer.state.model)
+    with pytest.raises(OSError):
+        trainer.eval(make_evaluator('eval'))
+    assert bema.average.swapped
+    trainer.fit(duration='1ba')
+    assert not bema.average.swapped
+    assert trainer.state.dataloader_label == 'train'
+    assert not same(training, weights_of(trainer.state.model))
+    trainer.close()
+
+
+def test_a_copy_of_a_model_has_no_tie_to_the_run(tmp_path):
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, max_duration='2ba')
+    trainer.fit()
+    model = trainer.state.model
+    twin = copy.deepcopy(model.module)
+    torch.save(twin, tmp_path / 'model.pt')
+    assert same(weights_of(torch.load(tmp_path / 'model.pt', weights_only=False)), weights_of(model.module))
+    trainer.close()
+
+
+def test_averaged_and_training_model():
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, max_duration='3ba')
+    trainer.fit()
+    live, training, averaged = trainer.state.model, weights_of(trainer.state.model), bema.averaged_state_dict()
+    other = make_classifier()
+    assert same(weights_of(bema.get_bema_model(other)), {n: averaged[n] for n in training})
+    assert same(weights_of(live), training)
+    with pytest.raises(ValueError, match='training weights are in the model'):
+        bema.get_training_model(live)
+    assert bema.get_bema_model(live) is live
+    assert same(weights_of(live), {n: averaged[n] for n in training})
+    # What the user put there stays for whoever exports it.
+    assert torch.equal(live.state_dict()['module.7.bias'], averaged['module.7.bias'])
+    with pytest.raises(ValueError, match='BEMA weights are in the model already'):
+        bema.get_bema_model(live)
+    assert same(weights_of(bema.get_training_model(make_classifier())), training)
+    assert same(weights_of(bema.get_training_model(live)), training)
+    # The next step trains on the training weights, even if the average was left in.
+    bema.get_bema_model(live)
+    trainer.fit(duration='1ba')
+    assert not bema.average.swapped
+    trainer.close()
+
+
+def test_averaged_state_dict_loads_into_a_fresh_model():
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, max_duration='3ba')
+    trainer.fit()
+    fresh = make_classifier()
+    fresh.load_state_dict(bema.averaged_state_dict(), strict=True)
+    assert same(weights_of(fresh), weights_of(bema.get_bema_model(make_classifier())))
+    trainer.close()
+
+
+def test_nonfinite_weights():
+    class Poison(Callback):
+        def batch_end(self, state, logger):
+            if state.timestamp.batch == 3:
+                state.model.module[7].bias.data[1] = float('nan')
+
+    bema = BEMA('2ba')
+    trainer = make_trainer(bema, callbacks=[Poison()])
+    with pytest.raises(FloatingPointError, match=r"After step 4 'module\.\d+\.bias' holds a NaN"):
+        trainer.fit()
+    trainer.close()
+    assert all(torch.isfinite(tensor.float()).all() for tensor in bema.averaged_state_dict().values())
+
+    bema = BEMA('2ba', nonfinite='skip')
+    record = Record(lambda state: bema.averaged_state_dict() if bema.average.num_updates else None, Event.BATCH_END)
+    trainer = make_trainer(bema, max_duration='6ba', callbacks=[Poison(), record])
+    trainer.fit()
+    trainer.close()
+    assert (bema.average.num_updates, bema.average.num_skipped) == (1, 2)
+    assert all(torch.equal(record.seen[2][name], bema.averaged_state_dict()[name]) for name in ('module.7.bias',))
+
+
+@pytest.mark.parametrize(
+    ('algorithms', 'message'),
+    [
+        (lambda: [BEMA(), BEMA()], 'A run can have one BEMA only'),
+        (lambda: [BEMA(), ComposerEMA()], "Composer's own EMA and BEMA cannot share a run"),
+        (lambda: [EMA(), ComposerEMA()], "Composer's own EMA and EMA cannot share a run"),
+        (lambda: [BEMA(), EMA()], 'give each of them eval_labels of its own'),
+        (lambda: [BEMA(eval_labels=['a', 'b']), EMA(eval_labels=['b'])], "share the eval label 'b'"),
+        (
+            lambda: [
+                BEMA(eval_labels=['a'], save_weights='average'),
+                EMA(eval_labels=['b'], save_weights='average'),
+            ],
+            "both have save_weights='average'",
+        ),
+    ],
+)
+def test_algorithms_that_cannot_share_a_run(algorithms, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(*algorithms())
+
+
+@pytest.mark.parametrize(
+    ('algorithm', 'kwargs', 'message'),
+    [
+        (lambda: BEMA('1iter'), {}, "update_freq='1iter' counts iterations, but this run has none"),
+        (lambda: BEMA(eval_labels=['bema']), {'eval_dataloader': True}, r"'bema', but the evaluators .* \['eval'\]"),
+        (lambda: BEMA('10tok'), {'train_dataloader': True}, 'counts tokens, but the data of this run counts none'),
+        (lambda: BEMA('1ba', update_after='10tok'), {'train_dataloader': True}, "update_after='10tok' counts tokens"),
+    ],
+)
+def test_settings_that_do_not_fit_the_run(algorithm, kwargs, message):
+    if 'eval_dataloader' in kwargs:
+        kwargs = {'eval_dataloader': make_evaluator('eval')}
+    if 'train_dataloader' in kwargs:
+        data = TensorDataset(torch.randn(64, 8), torch.zeros(64, dtype=torch.long))
+        kwargs = {'train_dataloader': DataSpec(DataLoader(data, batch_size=8), get_num_tokens_in_batch=lambda _: 0)}
+    trainer = make_trainer(algorithm(), max_duration='1000ba', **kwargs)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit()
+    trainer.close()
+
+
+def test_a_parameter_may_freeze_but_not_thaw():
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, max_duration='2ba')
+    trainer.fit()
+    model = trainer.state.model
+    model.module[7].weight.requires_grad_(False)
+    kept = bema.averaged_state_dict()['module.7.weight']
+    trainer.fit(duration='2ba')
+    assert torch.equal(bema.averaged_state_dict()['module.7.weight'], kept)
+    model.module[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'module\.0\.weight' is trainable but has no average"):
+        trainer.fit(duration='2ba')
+    trainer.close()
+
+
+def test_one_object_in_one_trainer_after_another():
+    bema = BEMA('2ba')
+    averages = []
+    for _ in range(2):
+        trainer = make_trainer(bema, max_duration='6ba')
+        trainer.fit()
+        averages.append(bema.averaged_state_dict())
+        trainer.close()
+    assert same(*averages)
