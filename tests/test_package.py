@@ -21,10 +21,10 @@ LICENCE = '# Copyright 2026 composer_bema authors\n# SPDX-License-Identifier: Ap
 # Rooms from the ground up. One may import those of lower floors, and none of its own or of higher ones.
 FLOORS = (
     {'version'},
-    {'averaging', 'formats'},
-    {'functional', 'lr_schedulers', 'flops'},
-    {'algorithms', 'offline', 'plots'},
-    {'training', 'evaluation', 'preference'},
+    {'averaging'},
+    {'functional'},
+    {'algorithms', 'plots'},
+    {'training'},
     {'cli'},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -69,14 +69,13 @@ def test_importing_the_package_imports_neither_torch_nor_composer():
     'code',
     [
         'import composer_bema.averaging',
-        'import composer_bema.formats',
         'from composer_bema import functional as cf; cf.compute_bema',
     ],
 )
 def test_the_core_works_where_composer_is_not_installed(code: str):
     # None in sys.modules makes `import composer` fail, whether or not Composer is installed.
     modules = modules_after(f"sys.modules['composer'] = sys.modules['transformers'] = None\n{code}")
-    assert 'composer_bema.averaging' in modules or 'composer_bema.formats' in modules
+    assert 'composer_bema.averaging' in modules
     assert not any(name.startswith('composer_bema.algorithms') for name in modules)
 
 

@@ -1,0 +1,94 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Callbacks of our own that a YAML can name."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from composer.core import Callback, Event, State, Time
+from composer.loggers import Logger
+from composer.models import HuggingFaceModel
+from composer.utils import create_interval_scheduler, dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig
+
+from composer_bema.averaging.parameters import canonical_names
+
+__all__ = ['HuggingFaceCheckpointer']
+
+
+class HuggingFaceCheckpointer(Callback):
+    """Writes the model as a Hugging Face folder: configuration, tokenizer and safetensors.
+
+    It writes on the events on which checkpoints are written, so the weights are those that a checkpoint would hold:
+    under an averaging algorithm, those that its ``save_weights`` names.
+
+    Args:
+        save_folder: The folder to write; it appears, or is replaced, when it is complete. ``{batch}`` in it stands for
+            the number of optimizer steps.
+        save_interval: A Composer time string; the default writes once, at the end.
+        precision: The dtype of the weights written: ``float32``, ``bfloat16`` or ``float16``.
+    """
+
+    def __init__(self, save_folder: str, save_interval: str = '1dur', precision: str = 'float32') -> None:
+        if precision not in ('float32', 'bfloat16', 'float16'):
+            raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', not {precision!r}.")
+        self.save_folder = save_folder
+        self.dtype = getattr(torch, precision)
+        # llm-foundry's names, by which an average knows that this callback is about to save.
+        self.check_interval = create_interval_scheduler(save_interval)
+        self.last_checkpoint_batch: Time | None = None
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Write when a checkpoint is due."""
+        del logger
+        batch = state.timestamp.batch
+        is_due = state.get_elapsed_duration() is not None and self.check_interval(state, event)
+        if is_due and batch != self.last_checkpoint_batch:
+            self.last_checkpoint_batch = batch
+            self._save(state, Path(self.save_folder.replace('{batch}', str(batch.value))))
+
+    def _save(self, state: State, folder: Path) -> None:
+        composer_model = state.model.module if state.is_model_ddp else state.model
+        assert isinstance(composer_model, HuggingFaceModel)
+        # Collective under FSDP: every rank takes part in gathering, and rank 0 gets the tensors.
+        gathered = get_model_state_dict(
+            composer_model.model,
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+        )
+        if dist.get_global_rank() == 0:
+            names = canonical_names(composer_model.model, list(gathered))
+            weights = {
+                name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in zip(names, gathered.values(), strict=True)
+                if isinstance(tensor, torch.Tensor)
+            }
+            self._write(composer_model, weights, folder)
+        dist.barrier()
+
+    def _write(self, composer_model: HuggingFaceModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        model = composer_model.model
+        if composer_model.config.tie_word_embeddings:
+            # Casting has made a copy of the embedding for each of its names.
+            for name in getattr(model, '_tied_weights_keys', None) or ():
+                weights.pop(name, None)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
+        try:
+            model.save_pretrained(str(unfinished), state_dict=weights)
+            if not composer_model.using_peft:
+                # save_pretrained notes the dtype of the model at hand, not that of the weights it is given.
+                config = AutoConfig.from_pretrained(unfinished)
+                config.torch_dtype = self.dtype
+                config.save_pretrained(unfinished)
+            if composer_model.tokenizer is not None:
+                composer_model.tokenizer.save_pretrained(unfinished)
+            unfinished.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,89 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Everything about a run's settings that can be checked before anything is built or downloaded."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from composer.core import Time
+from composer.utils import FSDPConfig, dist
+
+from composer_bema.training.config import ConfigError, TrainConfig, reject_unknown, suggest
+from composer_bema.training.data.sections import check_loader, eval_sections
+from composer_bema.training.registry import build, check_arguments, find_builder, split_name
+from composer_bema.training.tokenizers import check_tokenizer
+
+__all__ = ['build_named', 'check_config', 'device_batch_size']
+
+TIMES = ('max_duration', 'eval_interval', 'save_interval', 'console_log_interval')
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check names, keys, times and sizes, and how they fit together.
+
+    Raises:
+        ConfigError: One sentence about the first mistake, with its dotted key.
+    """
+    for key in TIMES:
+        _check_time(getattr(config, key), key)
+    device_batch_size(config)
+    check_tokenizer(config.tokenizer)
+    for kind, supplied in (('model', 'tokenizer'), ('optimizer', 'params'), ('scheduler', '')):
+        name, arguments = split_name(getattr(config, kind), kind)
+        check_arguments(find_builder(kind, name, f'{kind}.name'), arguments, kind, [supplied])
+    check_loader(config.train_loader, 'train_loader', config.max_seq_len)
+    for path, section in eval_sections(config.eval_loader).values():
+        check_loader(section, path, config.max_seq_len)
+    for kind in ('callbacks', 'loggers'):
+        for name, arguments in (getattr(config, kind) or {}).items():
+            check_arguments(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
+    # Algorithms check their values themselves, and building one changes nothing.
+    build_named('algorithms', config.algorithms)
+    _check_eval_labels(config)
+    if config.fsdp_config:
+        known = [field.name for field in dataclasses.fields(FSDPConfig) if field.init]
+        reject_unknown(config.fsdp_config, known, 'fsdp_config')
+    if config.autoresume and config.save_folder is None:
+        raise ConfigError('autoresume needs save_folder, where it looks for the last checkpoint.')
+
+
+def device_batch_size(config: TrainConfig) -> int:
+    """One device's share of ``global_train_batch_size``, in sequences."""
+    devices = dist.get_world_size()
+    share, rest = divmod(config.global_train_batch_size, devices)
+    if rest or share < 1:
+        raise ConfigError(
+            f'global_train_batch_size must be a positive multiple of the number of devices ({devices}), '
+            f'not {config.global_train_batch_size}.',
+        )
+    return share
+
+
+def build_named(kind: str, sections: Mapping[str, Any] | None) -> list[Any]:
+    """Build the members of a section of the form ``{name: arguments}`` (``algorithms``, ``callbacks``, ``loggers``)."""
+    return [
+        build(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
+        for name, arguments in (sections or {}).items()
+    ]
+
+
+def _check_time(value: Any, path: str) -> None:
+    try:
+        Time.from_input(value, 'ep')
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: '{value}' is not a Composer time such as '100ba', '1ep' or '1000000tok'."
+        ) from error
+
+
+def _check_eval_labels(config: TrainConfig) -> None:
+    labels = eval_sections(config.eval_loader)
+    for name, arguments in (config.algorithms or {}).items():
+        wanted = (arguments or {}).get('eval_labels') or []
+        for label in [wanted] if isinstance(wanted, str) else wanted:
+            if label not in labels:
+                raise ConfigError(
+                    f"algorithms.{name}.eval_labels: no evaluator is labelled '{label}'{suggest(label, labels)}.",
+                )

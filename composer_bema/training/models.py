@@ -1,0 +1,147 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Causal language models of Hugging Face transformers as Composer models."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from composer.metrics import LanguageCrossEntropy, LanguagePerplexity
+from composer.models import HuggingFaceModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_bema.training.config import ConfigError, suggest
+
+__all__ = ['build_hf_causal_lm']
+
+
+def build_hf_causal_lm(
+    tokenizer: PreTrainedTokenizerBase,
+    pretrained_model_name_or_path: Optional[str] = None,
+    pretrained: bool = True,
+    config: Optional[Mapping[str, Any]] = None,
+    config_overrides: Optional[Mapping[str, Any]] = None,
+    attn_implementation: Optional[str] = None,
+    trust_remote_code: bool = False,
+    use_train_metrics: bool = True,
+    peft_config: Optional[Mapping[str, Any]] = None,
+) -> HuggingFaceModel:
+    """Build a causal language model with fp32 weights; lower precision is ``precision``'s business.
+
+    Args:
+        tokenizer: Fixes the size of the vocabulary when ``config`` leaves it open.
+        pretrained_model_name_or_path: A name on the Hugging Face hub or a local folder.
+        pretrained: Load the weights too; False takes the configuration only and starts from fresh weights.
+        config: A whole configuration (``model_type`` and the rest) in place of ``pretrained_model_name_or_path``, for
+            fresh weights without any download.
+        config_overrides: Values to change in the configuration.
+        attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``; None leaves the choice to transformers.
+        trust_remote_code: Whether code that comes with the model may run.
+        use_train_metrics: Compute loss and perplexity as metrics of the training batches too.
+        peft_config: LoRA settings for ``peft.LoraConfig``; only the adapters are trained then.
+
+    Raises:
+        ConfigError: Nothing, or both ways, says which model; or it cannot be found; or a configuration key is unknown.
+    """
+    if (config is None) == (pretrained_model_name_or_path is None):
+        raise ConfigError('model needs either pretrained_model_name_or_path or config, and not both.')
+    if config is not None:
+        hf_config = _config_from_mapping(config, len(tokenizer))
+        pretrained = False
+    else:
+        hf_config = _load_config(str(pretrained_model_name_or_path), trust_remote_code)
+    _override(hf_config, config_overrides or {})
+    # The cache only serves generation; here it would be built and thrown away at each step, and with one transformers
+    # does not keep packed documents apart.
+    hf_config.use_cache = False
+    model = _make(
+        hf_config,
+        str(pretrained_model_name_or_path) if pretrained else None,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    # Composer asks these which modules to shard, and to checkpoint, as units.
+    for attribute in ('fsdp_wrap_fn', 'activation_checkpointing_fn'):
+        setattr(model, attribute, functools.partial(_is_block, block_names=_block_names(model)))
+    metrics = [LanguageCrossEntropy(), LanguagePerplexity()]
+    return HuggingFaceModel(
+        model=model,
+        tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
+        use_logits=True,
+        metrics=metrics if use_train_metrics else [],
+        eval_metrics=metrics,
+        peft_config=_peft_config(peft_config),
+    )
+
+
+def _config_from_mapping(config: Mapping[str, Any], vocab_size: int) -> PretrainedConfig:
+    if 'model_type' not in config:
+        raise ConfigError('model.config.model_type is missing from the settings.')
+    values = {'vocab_size': vocab_size, **config}
+    try:
+        hf_config = AutoConfig.for_model(**values)
+    except ValueError as error:
+        raise ConfigError(f"model.config.model_type: transformers knows no '{config['model_type']}'.") from error
+    defaults = type(hf_config)()
+    for key in config:
+        _check_key(defaults, key, f'model.config.{key}', extra=('model_type',))
+    return hf_config
+
+
+def _load_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _not_found(name) from error
+
+
+def _override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+    for key, value in overrides.items():
+        _check_key(config, key, f'model.config_overrides.{key}')
+        current = getattr(config, key)
+        # A nested table (rope_scaling, ...) is changed key by key, so that one value can be overridden alone.
+        is_nested = isinstance(current, dict) and isinstance(value, Mapping)
+        setattr(config, key, {**current, **value} if is_nested else value)
+
+
+def _check_key(config: PretrainedConfig, key: str, path: str, extra: tuple[str, ...] = ()) -> None:
+    if not hasattr(config, key) and key not in extra:
+        known = list(config.to_dict())
+        raise ConfigError(f'{path} is not a setting of {type(config).__name__}{suggest(key, known)}.')
+
+
+def _make(config: PretrainedConfig, weights: Optional[str], **kwargs: Any) -> PreTrainedModel:
+    if weights is None:
+        return AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32, **kwargs)
+    try:
+        return AutoModelForCausalLM.from_pretrained(weights, config=config, torch_dtype=torch.float32, **kwargs)
+    except OSError as error:
+        raise _not_found(weights) from error
+
+
+def _not_found(name: str) -> ConfigError:
+    what = 'a folder without a loadable model' if Path(name).is_dir() else 'no folder here, and could not be downloaded'
+    return ConfigError(f"model.pretrained_model_name_or_path: '{name}' is {what}.")
+
+
+def _block_names(model: PreTrainedModel) -> frozenset[str]:
+    # transformers names the classes that must stay whole on one device: the decoder blocks, FSDP's natural units.
+    return frozenset(model._no_split_modules or ())
+
+
+def _is_block(module: torch.nn.Module, block_names: frozenset[str]) -> bool:
+    return type(module).__name__ in block_names
+
+
+def _peft_config(settings: Optional[Mapping[str, Any]]) -> Any:
+    if settings is None:
+        return None
+    from peft import LoraConfig  # an optional dependency
+
+    try:
+        return LoraConfig(**{'task_type': 'CAUSAL_LM', **settings})
+    except TypeError as error:
+        raise ConfigError(f'model.peft_config: {error}.') from error

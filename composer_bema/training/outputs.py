@@ -1,0 +1,143 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a run leaves in its folder: its settings, every metric, a picture of its evaluations; and its closing words."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+from omegaconf import OmegaConf
+from tabulate import tabulate
+
+from composer_bema.plots import plot_curves
+from composer_bema.training.config import ConfigError, TrainConfig
+
+__all__ = ['METRICS_FILE', 'MetricsFile', 'loss_curves', 'prepare_run_folder', 'read_metrics', 'report']
+
+CONFIG_FILE = 'config.yaml'
+METRICS_FILE = 'metrics.jsonl'
+CURVES_FILE = 'curves.png'
+
+LOSS_METRIC = 'LanguageCrossEntropy'
+
+
+class MetricsFile(LoggerDestination):
+    """Writes every metric when it is logged: a JSON object a line, with its ``batch``, ``epoch`` and ``token``.
+
+    Lines are flushed one by one, so that a killed run keeps them. A resumed run appends, and so repeats the steps
+    between the last checkpoint and the end of the run before it; readers take the later line. Values that JSON has no
+    number for are written as the strings ``nan``, ``inf`` and ``-inf``, which ``float()`` takes back.
+
+    Args:
+        path: The file; only rank 0 writes it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.file: TextIO | None = None
+        self.state: State | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        del logger
+        self.state = state
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        del step
+        if dist.get_global_rank() != 0 or not metrics:
+            return
+        assert self.state is not None
+        if self.file is None:
+            # Opened late: only now is it known whether a checkpoint has been loaded.
+            is_new = self.state.timestamp.batch == 0
+            self.file = self.path.open('w' if is_new else 'a', buffering=1, encoding='utf-8')
+        timestamp = self.state.timestamp
+        time = {unit: timestamp.get(unit).value for unit in ('batch', 'epoch', 'token')}
+        self.file.write(json.dumps({**time, **{name: _as_json(value) for name, value in metrics.items()}}) + '\n')
+
+    def close(self, state: State, logger: Logger) -> None:
+        del state, logger
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if hasattr(value, 'item'):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
+
+
+def prepare_run_folder(config: TrainConfig) -> Path:
+    """Make the run's folder and write the settings there (rank 0); refuse to mix with another run.
+
+    Raises:
+        ConfigError: The folder holds a run, and the settings say neither to replace it nor to go on with it.
+    """
+    folder = Path(str(config.run_folder))
+    goes_on = config.autoresume or (config.load_path is not None and not config.load_weights_only)
+    if (folder / METRICS_FILE).exists() and not goes_on and not config.save_overwrite:
+        raise ConfigError(
+            f"'{folder}' holds a run already; give another run_name, or set save_overwrite=true to replace it or "
+            'autoresume=true to go on with it.',
+        )
+    dist.barrier()  # no rank may look after rank 0 has begun to write
+    if dist.get_global_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / CONFIG_FILE)
+    return folder
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a killed run left unfinished is passed over."""
+    records = []
+    lines = Path(path).read_text(encoding='utf-8').splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith('\n') and number == len(lines):
+            break
+        records.append(json.loads(line))
+    return records
+
+
+def loss_curves(records: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Each evaluator's losses (nats a token) by optimizer step, from the lines of a metrics file."""
+    curves: dict[str, dict[int, float]] = {}
+    for record in records:
+        for name, value in record.items():
+            group, _, rest = name.partition('/')
+            label, _, metric = rest.rpartition('/')
+            if group == 'metrics' and metric == LOSS_METRIC and label != 'train':
+                curves.setdefault(label, {})[record['batch']] = float(value)
+    return {label: sorted(points.items()) for label, points in curves.items()}
+
+
+def report(folder: str | Path) -> str:
+    """Draw the evaluators' curves into the run's folder; return a table of their last losses, and the files' names."""
+    folder = Path(folder)
+    curves = loss_curves(read_metrics(folder / METRICS_FILE))
+    files = {'settings': CONFIG_FILE, 'metrics': METRICS_FILE}
+    table = ''
+    if curves:
+        plot_curves(curves, folder / CURVES_FILE, 'optimizer step', 'loss (nats per token)')
+        files['curves'] = CURVES_FILE
+        rows = [[label, *_last(points)] for label, points in curves.items()]
+        headers = ['evaluator', 'step', 'loss', 'perplexity']
+        table = tabulate(rows, headers, floatfmt=('', '', '.4f', '.3f')) + '\n\n'
+    return table + ', '.join(f'{what}: {folder / name}' for what, name in files.items())
+
+
+def _last(points: list[tuple[int, float]]) -> tuple[int, float, float]:
+    step, loss = points[-1]
+    # exp overflows a float above 709.
+    return step, loss, math.exp(loss) if loss < 709 else math.inf

@@ -1,0 +1,115 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""A training run from its settings: build everything they name, fit, and report."""
+
+from typing import Any
+
+import torch
+import transformers
+from composer.models import HuggingFaceModel
+from composer.trainer import Trainer
+from composer.utils import dist, get_device, reproducibility
+
+from composer_bema.training.checks import build_named, check_config, device_batch_size
+from composer_bema.training.config import ConfigError, TrainConfig
+from composer_bema.training.data.packing import keeps_documents_apart
+from composer_bema.training.data.sections import build_evaluators, build_loader, eval_sections
+from composer_bema.training.outputs import METRICS_FILE, MetricsFile, prepare_run_folder, report
+from composer_bema.training.registry import build, find_builder, split_name
+from composer_bema.training.tokenizers import build_tokenizer
+
+__all__ = ['build_trainer', 'train']
+
+# Settings that the Trainer takes as they are, under the same name.
+TRAINER_SETTINGS = (
+    'run_name',
+    'max_duration',
+    'seed',
+    'eval_interval',
+    'eval_subset_num_batches',
+    'device_train_microbatch_size',
+    'accumulate_train_batch_on_tokens',
+    'compile_config',
+    'dist_timeout',
+    'save_folder',
+    'save_interval',
+    'save_num_checkpoints_to_keep',
+    'save_overwrite',
+    'save_weights_only',
+    'load_path',
+    'load_weights_only',
+    'autoresume',
+    'progress_bar',
+    'log_to_console',
+    'console_log_interval',
+    'python_log_level',
+)
+
+
+def build_trainer(config: TrainConfig) -> Trainer:
+    """Check the settings and build what they name, down to the Trainer; nothing is trained yet.
+
+    Raises:
+        ConfigError: A setting, or a file that it names, is wrong.
+    """
+    check_config(config)
+    device = get_device(None)
+    dist.initialize_dist(device, timeout=config.dist_timeout)
+    # Before the model, so that fresh weights depend on the seed too.
+    reproducibility.seed_all(config.seed)
+    tokenizer = build_tokenizer(config.tokenizer)
+    batch_size = device_batch_size(config)
+    train_loader = build_loader(config.train_loader, 'train_loader', tokenizer, config.max_seq_len, batch_size)
+    eval_batch_size = config.device_eval_batch_size or batch_size
+    evaluators = build_evaluators(config.eval_loader, tokenizer, config.max_seq_len, eval_batch_size)
+    model = _build_section(config, 'model', tokenizer=tokenizer)
+    _check_packing(config, model)
+    settings = {name: getattr(config, name) for name in TRAINER_SETTINGS}
+    if not evaluators:
+        # Composer warns about an interval of evaluations when there is nothing to evaluate.
+        settings |= {'eval_interval': 1, 'eval_subset_num_batches': -1}
+    folder = prepare_run_folder(config)
+    return Trainer(
+        model=model,
+        train_dataloader=train_loader,
+        eval_dataloader=evaluators or None,
+        optimizers=_build_section(config, 'optimizer', params=[p for p in model.parameters() if p.requires_grad]),
+        schedulers=_build_section(config, 'scheduler'),
+        algorithms=build_named('algorithms', config.algorithms),
+        callbacks=build_named('callbacks', config.callbacks),
+        loggers=[MetricsFile(folder / METRICS_FILE), *build_named('loggers', config.loggers)],
+        parallelism_config={'fsdp': config.fsdp_config} if config.fsdp_config else None,
+        device=device,
+        precision=config.precision or ('amp_bf16' if torch.cuda.is_available() else 'fp32'),
+        **settings,
+    )
+
+
+def train(config: TrainConfig) -> str:
+    """Train as the settings say; return a table of the last evaluation and where the run's files are (rank 0)."""
+    trainer = build_trainer(config)
+    try:
+        if config.eval_first and trainer.state.timestamp.batch == 0:
+            trainer.eval()
+        trainer.fit()
+    finally:
+        trainer.close()
+    return report(str(config.run_folder)) if dist.get_global_rank() == 0 else ''
+
+
+def _check_packing(config: TrainConfig, model: HuggingFaceModel) -> None:
+    sections = [config.train_loader, *(section for _, section in eval_sections(config.eval_loader).values())]
+    # flash_attention_2 always separates, and does not run on the CPU, where the model still is.
+    is_flash = config.model.get('attn_implementation') == 'flash_attention_2'
+    packs = any(section['dataset'].get('packing') for section in sections)
+    if packs and not is_flash and not keeps_documents_apart(model.model):
+        raise ConfigError(
+            f'train_loader.dataset.packing: {type(model.model).__name__} lets packed conversations see each other '
+            f'with transformers {transformers.__version__}; use packing: false.',
+        )
+
+
+def _build_section(config: TrainConfig, kind: str, **supplied: Any) -> Any:
+    name, arguments = split_name(getattr(config, kind), kind)
+    return build(find_builder(kind, name, f'{kind}.name'), arguments, kind, **supplied)

@@ -1,0 +1,93 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is found out about settings before anything is built; and the recipes that ship pass it."""
+
+from pathlib import Path
+
+import pytest
+
+from composer_bema.training.checks import check_config
+from composer_bema.training.config import ConfigError, load_config
+from composer_bema.training.registry import REGISTRY, find_builder
+from tests.training.tiny import tiny_settings, write_yaml
+
+YAMLS = Path(__file__).parents[2] / 'yamls'
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('model.name=mpt', "model.name: there is no model named 'mpt'"),
+        ('model.pretraned=false', "model.pretraned is not a setting; the nearest one is 'model.pretrained'"),
+        ('tokenizer.kwarg={}', "tokenizer.kwarg is not a setting; the nearest one is 'tokenizer.kwargs'"),
+        ('optimizer.name=decoupled_adam', "optimizer.name: .*; the nearest one is 'decoupled_adamw'"),
+        ('optimizer={name: decoupled_sgdw}', 'optimizer.lr is missing'),
+        ('optimizer={lr: 1.0}', 'optimizer.name is missing'),
+        ('optimizer.beta=[0,1]', "optimizer.beta is not a setting; the nearest one is 'optimizer.betas'"),
+        ('optimizer.params=[]', 'optimizer.params is not a setting'),
+        ('scheduler={name: constant_with_warmup}', 'scheduler.t_warmup is missing'),
+        ('scheduler.alpah=1', "scheduler.alpah is not a setting; the nearest one is 'scheduler.alpha'"),
+        ('train_loader.nam=1', "train_loader.nam is not a setting; the nearest one is 'train_loader.name'"),
+        ('train_loader.num_worker=1', "the nearest one is 'train_loader.num_workers'"),
+        ('train_loader.dataset.shufle=1', "the nearest one is 'train_loader.dataset.shuffle'"),
+        ('train_loader.dataset.tokenizer=1', 'train_loader.dataset.tokenizer is not a setting'),
+        ('train_loader.dataset={}', 'train_loader.dataset.paths is missing'),
+        ('train_loader.dataset=3', 'train_loader.dataset must hold'),
+        ('eval_loader.0.dataset.parts=x', "the nearest one is 'eval_loader.0.dataset.part'"),
+        ('eval_loader.1.label=one', "eval_loader.1.label: 'one' is the label of another evaluator"),
+        ('eval_loader.1.label=train', "eval_loader.1.label: 'train' is how Composer calls"),
+        ('eval_loader.1.label=null', 'eval_loader.1.label is missing'),
+        (
+            'callbacks.speed_moniter={}',
+            "there is no callback named 'speed_moniter'; the nearest one is 'speed_monitor'",
+        ),
+        ('callbacks.speed_monitor.window=3', "the nearest one is 'callbacks.speed_monitor.window_size'"),
+        ('loggers.tensorbord={}', "there is no logger named 'tensorbord'; the nearest one is 'tensorboard'"),
+        ('algorithms.bemma={}', "there is no algorithm named 'bemma'; the nearest one is 'bema'"),
+        ('algorithms.gradient_clipping.threshold=1', 'algorithms.gradient_clipping.threshold is not a setting'),
+        ('algorithms.gradient_clipping=3', 'algorithms.gradient_clipping must hold'),
+        ('max_duration=6bats', "max_duration: '6bats' is not a Composer time"),
+        ('global_train_batch_size=0', 'global_train_batch_size must be a positive multiple'),
+        ('fsdp_config.sharding=1', "the nearest one is 'fsdp_config.sharding_strategy'"),
+        ('autoresume=true', 'autoresume needs save_folder'),
+    ],
+)
+def test_a_mistake_is_named_with_its_dotted_key(tmp_path, override, message):
+    config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), [override])
+    with pytest.raises(ConfigError, match=message):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('algorithms.bema.emapower=1', "the nearest one is 'algorithms.bema.ema_power'"),
+        ('algorithms.bema.bias_power=-1', 'algorithms.bema: .*-1'),
+        ('algorithms.ema={half_life: 10ba, eval_labels: [too]}', "no evaluator is labelled 'too'; .* 'two'"),
+    ],
+)
+def test_mistakes_in_an_averaging_algorithm(tmp_path, override, message):
+    config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), [override])
+    with pytest.raises(ConfigError, match=message):
+        check_config(config)
+
+
+def test_recipes_are_valid():
+    """Every recipe passes all checks that need no download."""
+    recipes = sorted(YAMLS.rglob('*.yaml'))
+    assert recipes
+    for recipe in recipes:
+        check_config(load_config(recipe, ['variables.data=somewhere']))
+
+
+def test_recipes_open_with_their_command():
+    for recipe in YAMLS.rglob('*.yaml'):
+        header = recipe.read_text().split('\n\n')[0]
+        assert f'composer-bema train yamls/{recipe.relative_to(YAMLS)}' in header
+        assert 'One override: ' in header
+
+
+@pytest.mark.parametrize(('kind', 'name'), [(kind, name) for kind, names in REGISTRY.items() for name in names])
+def test_every_registered_name_leads_to_a_builder(kind, name):
+    assert callable(find_builder(kind, name, kind))

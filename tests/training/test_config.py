@@ -1,0 +1,69 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Reading settings: files, overrides, interpolations, and what is said about wrong ones."""
+
+import pytest
+
+from composer_bema.training.config import ConfigError, load_config
+from tests.training.tiny import tiny_settings, write_yaml
+
+
+@pytest.mark.parametrize('given', [{}, {'run_folder': None, 'run_name': None}])
+def test_names_default_to_the_file(tmp_path, given):
+    settings = tiny_settings(tmp_path)
+    del settings['run_folder']
+    settings |= given
+    config = load_config(write_yaml(tmp_path, settings))
+    assert config.run_name == 'tiny'
+    assert config.run_folder == 'runs/tiny'
+
+
+def test_overrides_reach_into_sections_lists_and_interpolations(tmp_path):
+    settings = tiny_settings(tmp_path) | {'variables': {'rate': 1.0}, 'save_folder': '${run_folder}/checkpoints'}
+    settings['optimizer'] = {'name': 'sgd', 'lr': '${variables.rate}'}
+    overrides = ['variables.rate=2e-3', 'eval_loader.1.label=ema', 'run_folder=elsewhere', 'algorithms.bema.lag=5']
+    config = load_config(write_yaml(tmp_path, settings), overrides)
+    assert config.optimizer['lr'] == 2e-3
+    assert config.eval_loader[1]['label'] == 'ema'
+    assert config.save_folder == 'elsewhere/checkpoints'
+    assert config.algorithms == {'bema': {'lag': 5}}
+
+
+def test_an_override_takes_values_with_equals_signs(tmp_path):
+    config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), ['run_name=a=b'])
+    assert config.run_name == 'a=b'
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        (['max_durations=1ep'], "max_durations is not a setting; the nearest one is 'max_duration'"),
+        (['zzz=1'], '^zzz is not a setting.$'),
+        (['max_duration=null'], 'max_duration is missing'),
+        (['max_seq_len=long'], "max_seq_len: Value 'long' of type 'str' could not be converted to Integer"),
+        (['optimizer=3'], 'optimizer: Cannot assign int'),
+        (['max_duration'], "Override 'max_duration' is not of the form key=value"),
+        (['=3'], 'not of the form key=value'),
+        (['run_name=${nowhere}'], "key 'run_name': Interpolation key 'nowhere' not found"),
+        (['run_name=${eval:1}'], "key 'run_name': Unsupported interpolation type eval"),
+        (['seed=???'], "key 'seed': Missing mandatory value"),
+        (['run_name={'], 'is not valid YAML'),
+    ],
+)
+def test_wrong_settings(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), overrides)
+
+
+@pytest.mark.parametrize(('text', 'message'), [('a: [', 'is not valid YAML'), ('- a', 'pairs at its top level')])
+def test_wrong_files(tmp_path, text, message):
+    path = tmp_path / 'wrong.yaml'
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"No such settings file: '.*nothing\.yaml'"):
+        load_config(tmp_path / 'nothing.yaml')

@@ -1,0 +1,93 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The run's folder: metrics line by line, curves, and the closing report."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composer.core import Timestamp
+
+from composer_bema.training.config import ConfigError, load_config
+from composer_bema.training.outputs import MetricsFile, loss_curves, prepare_run_folder, read_metrics, report
+from tests.training.tiny import tiny_settings, write_yaml
+
+
+def logger_at(path, batch):
+    logger = MetricsFile(path)
+    logger.init(SimpleNamespace(timestamp=Timestamp(epoch=1, batch=batch, token=10 * batch)), None)  # pyright: ignore
+    return logger
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    logger = logger_at(path, batch=3)
+    logger.log_metrics({'loss': torch.tensor(0.5), 'flag': True})
+    logger.log_metrics({})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {'batch': 3, 'epoch': 1, 'token': 30, 'loss': 0.5, 'flag': True},
+    ]
+
+
+def test_values_that_json_lacks_come_back(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    logger_at(path, batch=1).log_metrics({'a': math.nan, 'b': torch.tensor(-math.inf)})
+
+    def refuse(constant):
+        raise AssertionError(f'{constant} is not JSON')
+
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    assert math.isnan(float(record['a']))
+    assert float(record['b']) == -math.inf
+
+
+@pytest.mark.parametrize(('batch', 'lines'), [(0, 1), (5, 2)])
+def test_a_resumed_run_appends_and_a_new_one_starts_afresh(tmp_path, batch, lines):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"batch": 9}\n')
+    logger_at(path, batch).log_metrics({'loss': 1.0})
+    assert len(read_metrics(path)) == lines
+
+
+def test_the_line_that_a_killed_run_left_unfinished_is_passed_over(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"batch": 1}\n{"bat')
+    assert read_metrics(path) == [{'batch': 1}]
+
+
+def test_curves_are_the_evaluators_and_later_lines_win():
+    records = [
+        {'batch': 2, 'metrics/ema/LanguageCrossEntropy': 3.0, 'metrics/ema/LanguagePerplexity': 20.0},
+        {'batch': 2, 'metrics/train/LanguageCrossEntropy': 9.0, 'loss/train/total': 9.0},
+        {'batch': 1, 'metrics/ema/LanguageCrossEntropy': 4.0},
+        {'batch': 2, 'metrics/ema/LanguageCrossEntropy': 2.0},
+        {'batch': 2, 'metrics/a/b/LanguageCrossEntropy': 'inf'},
+    ]
+    assert loss_curves(records) == {'ema': [(1, 4.0), (2, 2.0)], 'a/b': [(2, math.inf)]}
+
+
+def test_report(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('{"batch": 7, "metrics/ema/LanguageCrossEntropy": 0.0}\n')
+    table, files = report(tmp_path).split('\n\n')
+    assert table.splitlines()[-1].split() == ['ema', '7', '0.0000', '1.000']
+    for name in ('config.yaml', 'metrics.jsonl', 'curves.png'):
+        assert str(tmp_path / name) in files
+    assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    settings = tiny_settings(tmp_path)
+    path = write_yaml(tmp_path, settings)
+    folder = prepare_run_folder(load_config(path))
+    assert load_config(folder / 'config.yaml') == load_config(path)
+    prepare_run_folder(load_config(path))  # it holds settings, but no run yet
+    (folder / 'metrics.jsonl').touch()
+    with pytest.raises(ConfigError, match='holds a run already; give another run_name, or set save_overwrite=true'):
+        prepare_run_folder(load_config(path))
+    with pytest.raises(ConfigError, match='holds a run already'):
+        prepare_run_folder(load_config(path, ['load_path=x.pt', 'load_weights_only=true']))
+    for goes_on in ('save_overwrite=true', 'autoresume=true', 'load_path=x.pt'):
+        prepare_run_folder(load_config(path, [goes_on]))
