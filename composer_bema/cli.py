@@ -26,7 +26,7 @@ class OneSentence(click.Group):
         """Run the command; ``--traceback`` lets its errors through as they are."""
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, OSError, ImportError) as error:
+        except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
             if ctx.params['traceback']:
                 raise
             sentence = ' '.join(str(error).split()) or type(error).__name__

@@ -67,6 +67,7 @@ class LoopState(AverageState):
 
     def count_step(self, model: torch.nn.Module) -> bool:
         """Counts one optimizer step, takes theta_0 at tau, updates when due, and returns whether it updated."""
+        self._require_training_weights('compute_bema')
         self.step += 1
         if not self.started:
             self._start_if_reached(model)
@@ -82,8 +83,11 @@ class LoopState(AverageState):
         return {**super().state_dict(), 'step': self.step, 'last_update': self._last_update}
 
     def load_state_dict(self, state: Mapping[str, Any], model: torch.nn.Module) -> None:
+        if 'step' not in state:
+            raise ValueError('The saved state counts no steps: it was not saved by a state of init_bema or init_ema.')
+        step, last_update = state['step'], state['last_update']
         super().load_state_dict(state, model)
-        self.step, self._last_update = state['step'], state['last_update']
+        self.step, self._last_update = step, last_update
 
     def _start_if_reached(self, model: torch.nn.Module) -> None:
         if self.step >= self.update_after:
@@ -135,7 +139,8 @@ def init_bema(
             parameters.
 
     Returns:
-        LoopState: The state to hand to :func:`compute_bema`. It keeps three fp32 buffers a parameter at most.
+        LoopState: The state to hand to :func:`compute_bema`. It keeps three fp32 buffers a parameter, and one without a
+        correction.
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -219,7 +224,7 @@ def _default_freq(update_freq: Optional[Steps], *constant_rates: Optional[float]
 
 def _steps(name: str, value: Steps, at_least: int) -> int:
     """Reads a number of steps given as an int or as Composer writes batches, ``'400ba'``."""
-    match = None if isinstance(value, bool) else re.fullmatch(r'([0-9]+)(ba)?', str(value))
+    match = re.fullmatch(r'([0-9]+)(ba)?', str(value))
     if match is None or int(match[1]) < at_least:
         raise ValueError(
             f"{name} must be a number of steps of at least {at_least}, such as 400 or '400ba', but is {value!r}.",

@@ -67,7 +67,7 @@ class BEMA(WeightAveraging):
     Raises:
         ValueError: If a setting is out of its range, ``update_freq`` and ``update_interval`` are both given, or the run
             does not fit: a second BEMA, shared evaluators or checkpoints, a unit that the run does not count.
-        TypeError: If a time is no time string.
+        TypeError: If a time is no time string, or a number none.
         FloatingPointError: During training, if a weight is not finite and ``nonfinite='raise'``.
 
     Example:
@@ -106,7 +106,7 @@ class BEMA(WeightAveraging):
     ) -> None:
         half_life_time = _half_life(half_life)
         super().__init__(
-            bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, _value(half_life_time)),
+            bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, _in_half_lives(half_life_time)),
             settings={
                 'ema_power': ema_power,
                 'bias_power': bias_power,
@@ -126,7 +126,7 @@ class BEMA(WeightAveraging):
         )
 
     def get_bema_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The same as :meth:`.WeightAveraging.get_averaged_model`."""
+        """Puts the BEMA weights into a model and returns it, as :meth:`.WeightAveraging.get_averaged_model` does."""
         return self.get_averaged_model(model)
 
 
@@ -180,7 +180,7 @@ class EMA(WeightAveraging):
         half_life_time = _half_life(half_life)
         constant_rate = half_life is not None or smoothing is not None
         super().__init__(
-            ema_rule(ema_power, lag, multiplier, min_ema_multiplier, _value(half_life_time), smoothing),
+            ema_rule(ema_power, lag, multiplier, min_ema_multiplier, _in_half_lives(half_life_time), smoothing),
             settings={
                 'smoothing': smoothing,
                 'ema_power': ema_power,
@@ -200,7 +200,7 @@ class EMA(WeightAveraging):
         )
 
     def get_ema_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The same as :meth:`.WeightAveraging.get_averaged_model`."""
+        """Puts the EMA weights into a model and returns it, as :meth:`.WeightAveraging.get_averaged_model` does."""
         return self.get_averaged_model(model)
 
 
@@ -221,5 +221,6 @@ def _half_life(half_life: Optional[Union[str, Time]]) -> Optional[Time]:
     return None if half_life is None else parse_time('half_life', half_life, positive=True)
 
 
-def _value(half_life: Optional[Time]) -> Optional[float]:
-    return None if half_life is None else half_life.value
+def _in_half_lives(half_life: Optional[Time]) -> Optional[float]:
+    """The half-life of a rule whose elapsed time is counted in half-lives."""
+    return None if half_life is None else 1.0

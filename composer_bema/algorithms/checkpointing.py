@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any, Optional, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Optional, Protocol
 
 import torch
 from composer import Callback, Event, Logger, State
+from composer.callbacks import CheckpointSaver
 from composer.loggers import LoggerDestination
 
-from composer_bema.averaging.state import BUFFERS, MODEL_HOLDS
+from composer_bema.averaging.state import BUFFERS
 
-__all__ = ['RestoreAfterCheckpoint', 'RestoreAfterFailedEvaluation', 'is_resumable', 'may_save']
+__all__ = [
+    'AveragingCheckpoint',
+    'Purpose',
+    'RestoreAfterFailedEvaluation',
+    'ask_once',
+    'has_buffers',
+    'has_failed_evaluation',
+    'may_save',
+]
+
+Purpose = Literal['evaluation', 'checkpoint', 'user']
 
 # Under these names Composer's CheckpointSaver and llm-foundry's HuggingFaceCheckpointer keep the callable that says
 # whether they are about to save.
@@ -23,28 +35,54 @@ _SAVE_INTERVALS = ('save_interval', 'check_interval')
 
 
 class Swappable(Protocol):
-    """What the hooks need of an average."""
+    """What this module needs of an average."""
 
-    @property
-    def is_evaluating(self) -> bool:
-        """Whether an evaluation has the average in the model."""
-        ...
+    swapped_for: Optional[Purpose]
+    is_restored: bool
 
     def swap_out(self) -> None:
-        """Puts the training weights back."""
+        """Puts the training weights back, if the average is in the model."""
         ...
 
 
-class RestoreAfterCheckpoint(Callback):
-    """Comes after the callbacks that save, and puts the training weights back."""
+class AveragingCheckpoint(Callback):
+    """Comes after the callbacks that save and puts the training weights back; remembers what the model held.
 
-    def __init__(self, algorithm: Swappable) -> None:
-        self._algorithm = algorithm
+    It is in every run that has an average, whichever that is, so that none trains on from another's average unawares.
+    """
+
+    def __init__(self, averages: Sequence[Swappable]) -> None:
+        self._averages = averages
+        self._loaded: Optional[dict[str, Any]] = None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._algorithm.swap_out()
+        for average in self._averages:
+            average.swap_out()
 
     epoch_checkpoint = iteration_checkpoint = batch_checkpoint
+
+    def close(self, state: State, logger: Logger) -> None:
+        for average in self._averages:
+            if average.swapped_for != 'user':
+                average.swap_out()
+
+    def state_dict(self) -> dict[str, Any]:
+        holders = [type(average).__name__ for average in self._averages if average.swapped_for]
+        return {'model_holds': holders[0] if holders else 'training'}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        holder = 'training' if self._loaded is None else self._loaded['model_holds']
+        self._loaded = None
+        restored = [type(average).__name__ for average in self._averages if average.is_restored]
+        if holder not in ('training', *restored):
+            raise ValueError(
+                f'The model in the checkpoint holds the {holder} weights, and no training weights were loaded with '
+                f'it: resume with {holder} among the algorithms and its state in the checkpoint, or start a new run '
+                'from the average with load_weights_only=True.',
+            )
 
 
 class RestoreAfterFailedEvaluation:
@@ -53,59 +91,79 @@ class RestoreAfterFailedEvaluation:
     A copy of the model, and a pickled one, carry a hook that does nothing.
     """
 
-    def __init__(self, algorithm: Optional[Swappable] = None) -> None:
-        self._algorithm = None if algorithm is None else weakref.ref(algorithm)
+    def __init__(self, average: Optional[Swappable] = None) -> None:
+        self._average = None if average is None else weakref.ref(average)
 
     def __call__(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-        algorithm = None if self._algorithm is None else self._algorithm()
-        # Composer evaluates in eval mode, and leaves it on an exception too.
-        if algorithm is not None and algorithm.is_evaluating and module.training:
-            algorithm.swap_out()
+        average = None if self._average is None else self._average()
+        if average is not None and has_failed_evaluation(average, module):
+            average.swap_out()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
 
+def has_failed_evaluation(average: Swappable, model: torch.nn.Module) -> bool:
+    """Returns whether the average is in the model for an evaluation that is over without having ended."""
+    # Composer evaluates in eval mode, and returns to training mode on an exception too.
+    return average.swapped_for == 'evaluation' and model.training
+
+
 def may_save(callback: Callback, event: Event, state: State) -> bool:
-    """Returns whether a callback does something at a checkpoint event; one with an interval is asked for it."""
-    if isinstance(callback, (LoggerDestination, RestoreAfterCheckpoint)):
+    """Returns whether a callback may save the model at a checkpoint event.
+
+    A saver with an interval is asked. Of the others nothing is known but their hooks: what has none for the event does
+    not save, nor do loggers, which come last, and Composer's own callbacks that listen to everything.
+    """
+    if isinstance(callback, (LoggerDestination, AveragingCheckpoint)):
         return False
-    hooks = ('run_event', event.value)
-    if all(getattr(type(callback), hook) is getattr(Callback, hook) for hook in hooks):
+    listens_to_all = type(callback).run_event is not Callback.run_event
+    hook = getattr(type(callback), event.value)
+    if not listens_to_all and hook is getattr(Callback, event.value):
         return False
-    for name in _SAVE_INTERVALS:
-        interval = getattr(callback, name, None)
-        if callable(interval):
-            saved_already = getattr(callback, 'last_checkpoint_batch', None) == state.timestamp.batch
-            return not saved_already and bool(interval(state, event))
+    if listens_to_all or hook is getattr(CheckpointSaver, event.value):
+        intervals = [getattr(callback, name) for name in _SAVE_INTERVALS if callable(getattr(callback, name, None))]
+        if intervals:
+            has_saved = getattr(callback, 'last_checkpoint_batch', None) == state.timestamp.batch
+            return not has_saved and bool(intervals[0](state, event))
+        if type(callback).__module__.startswith('composer.'):
+            return False
     return True
 
 
-def is_resumable(name: str, saved: dict[str, Any]) -> bool:
-    """Returns whether a checkpoint's entry has buffers to go on from.
+def ask_once(callbacks: Sequence[Callback]) -> None:
+    """Makes savers ask their interval once an event, whoever else wants to know: it may be a function with a memory."""
+    for callback in callbacks:
+        for name in _SAVE_INTERVALS:
+            interval = getattr(callback, name, None)
+            if callable(interval) and not isinstance(interval, _AskedOnce):
+                setattr(callback, name, _AskedOnce(interval))
 
-    Args:
-        name (str): The average's class name, for the messages.
-        saved (dict[str, Any]): The entry that Composer found under that name.
+
+class _AskedOnce:
+    """An interval that gives the same answer to all who ask at one event of one step."""
+
+    def __init__(self, interval: Callable[..., Any]) -> None:
+        self._interval = interval
+        self._asked: Optional[tuple[int, Event]] = None
+        self._answer = False
+
+    def __call__(self, state: State, event: Event) -> bool:
+        if self._asked != (state.timestamp.batch.value, event):
+            self._asked = (state.timestamp.batch.value, event)
+            self._answer = bool(self._interval(state, event))
+        return self._answer
+
+
+def has_buffers(saved: dict[str, Any]) -> bool:
+    """Returns whether the entry that a checkpoint has under an average's name is ours and holds its buffers.
 
     Raises:
-        ValueError: If the entry cannot be taken and the model beside it is an average, which nobody may train on from
-            unawares.
+        ValueError: If it is of Composer's own EMA and the model beside it is that average, which nobody may train on
+            from unawares.
     """
-    if 'ema_model' in saved:
-        return _refuse_composer_entry(saved)
-    average = saved['average']
-    if BUFFERS in average:
-        return True
-    if average[MODEL_HOLDS] == 'average':
-        raise ValueError(
-            f'The checkpoint was saved with state_in_checkpoint=False and holds the {name} weights only, so its '
-            'training cannot be resumed. To start a new run from the average, load it with load_weights_only=True.',
-        )
-    return False
-
-
-def _refuse_composer_entry(saved: dict[str, Any]) -> bool:
+    if 'ema_model' not in saved:
+        return BUFFERS in saved['average']
     if saved.get('ema_weights_active'):
         raise ValueError(
             "The checkpoint's 'EMA' entry was written by Composer's own EMA, and its model holds the averaged weights: "

@@ -1,11 +1,12 @@
 # Copyright 2026 composer_bema authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Composer's time strings as an average uses them: read, checked against a run, and turned into a count."""
+"""Composer's time strings as an average uses them: read, checked against a run, and compared with its clocks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Optional
 
@@ -13,16 +14,17 @@ from composer import State, Time, Timestamp, TimeUnit
 
 __all__ = [
     'check_unit',
-    'counted_unit',
-    'elapsed',
-    'in_batches',
+    'clocks',
+    'has_reached',
     'intervals_since',
-    'is_reached',
     'parse_time',
-    'position',
+    'steps_of_run',
+    'steps_to_first_update',
+    'times_since',
 ]
 
 _FORM = "a Composer time string such as '400ba', '1ep', '0.1dur' or '1000000tok'"
+_CLOCKS = (TimeUnit.ITERATION, TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN)
 
 
 def parse_time(name: str, value: Any, *, positive: bool) -> Time:
@@ -30,7 +32,8 @@ def parse_time(name: str, value: Any, *, positive: bool) -> Time:
 
     Raises:
         TypeError: If it is neither.
-        ValueError: If it does not parse, is negative, is zero where ``positive`` is asked, or counts seconds.
+        ValueError: If it does not parse, is negative, is zero where ``positive`` is asked, exceeds the run, or counts
+            seconds.
     """
     if not isinstance(value, (str, Time)):
         raise TypeError(f'{name} must be {_FORM}, but is {value!r}.')
@@ -42,6 +45,8 @@ def parse_time(name: str, value: Any, *, positive: bool) -> Time:
         raise ValueError(f'{name}={value!r} counts wall-clock time, which no two runs share; count steps or tokens.')
     if not (math.isfinite(time.value) and (time.value > 0 if positive else time.value >= 0)):
         raise ValueError(f'{name} must be {"positive" if positive else "at least 0"}, but is {value!r}.')
+    if time.unit == TimeUnit.DURATION and time.value > 1:
+        raise ValueError(f"{name} must be at most '1dur', the whole run, but is {value!r}.")
     return time
 
 
@@ -60,60 +65,58 @@ def check_unit(name: str, time: Time, state: State) -> None:
         )
 
 
-def is_reached(time: Time, state: State) -> bool:
-    """Returns whether the run has reached a point in time."""
-    return position(time, state.timestamp, state) >= _length(time, state)
+def clocks(timestamp: Timestamp) -> dict[str, int]:
+    """Returns a moment of a run as plain numbers: the count of every unit, by its abbreviation."""
+    return {unit.value: timestamp.get(unit).value for unit in _CLOCKS}
 
 
-def position(time: Time, timestamp: Timestamp, state: State) -> int:
-    """Returns how far ``timestamp`` is, in the unit that ``time`` is counted in."""
-    return timestamp.get(counted_unit(time, state)).value
+def has_reached(time: Time, state: State) -> bool:
+    """Returns whether a run has come to a point in time."""
+    unit, length = _counted(time, state)
+    return state.timestamp.get(unit).value >= length
 
 
-def intervals_since(origin: float, interval: Time, timestamp: Timestamp, state: State) -> int:
-    """Returns how many whole intervals have passed at ``timestamp`` since the count stood at ``origin``."""
-    return math.floor((position(interval, timestamp, state) - origin) / _length(interval, state))
+def intervals_since(start: Mapping[str, int], interval: Time, timestamp: Timestamp, state: State) -> int:
+    """Returns the whole intervals from ``start`` to ``timestamp``; those in epochs pass at the ends of epochs."""
+    unit, length = _counted(interval, state)
+    return math.floor((timestamp.get(unit).value - start[unit.value]) / length)
 
 
-def elapsed(unit: TimeUnit, state: State) -> float:
-    """Returns the time since the start of the run in ``unit``, epochs with the fraction that is done."""
-    if unit == TimeUnit.DURATION:
-        assert state.max_duration is not None, 'the trainer sets it before the first event of fit'
-        return elapsed(state.max_duration.unit, state) / state.max_duration.value
-    if unit != TimeUnit.EPOCH:
-        return float(state.timestamp.get(unit).value)
-    batches = state.timestamp.batch_in_epoch.value
-    return state.timestamp.epoch.value + (batches / state.dataloader_len.value if state.dataloader_len else 0.0)
+def times_since(start: Mapping[str, int], time: Time, state: State) -> float:
+    """Returns how many times ``time`` has passed since ``start``, with the fraction; epochs are counted in steps."""
+    unit, length = _counted(time, state, epochs_in_steps=True)
+    return float((state.timestamp.get(unit).value - start[unit.value]) / length)
 
 
-def in_batches(time: Optional[Time], state: State) -> Optional[float]:
-    """Returns a time in optimizer steps, or None where the run does not tell."""
-    if time is None:
+def steps_to_first_update(update_after: Time, update_freq: Time, state: State) -> Optional[float]:
+    """Returns the optimizer steps at the first update of a run, or None where it cannot be told beforehand."""
+    (start_unit, start), (unit, interval) = (
+        _counted(time, state, epochs_in_steps=True) for time in (update_after, update_freq)
+    )
+    if start_unit != TimeUnit.BATCH or unit != TimeUnit.BATCH:
         return None
+    start = max(start, state.timestamp.batch.value)
+    if update_freq.unit == TimeUnit.EPOCH:
+        assert state.dataloader_len is not None, 'or its unit were not steps'
+        start -= start % state.dataloader_len.value
+    return float(start + interval)
+
+
+def steps_of_run(state: State) -> Optional[float]:
+    """Returns the optimizer steps of a whole run, or None where they cannot be told beforehand."""
+    unit, length = _counted(Time(1.0, TimeUnit.DURATION), state)
+    return float(length) if unit == TimeUnit.BATCH else None
+
+
+def _counted(time: Time, state: State, epochs_in_steps: bool = False) -> tuple[TimeUnit, Fraction]:
+    """Returns the unit that a time is counted in, and its length there, exactly: 0.3 of ten is over at three.
+
+    A fraction of the run is counted in the unit of its duration, and of epochs in steps, where their number is known.
+    """
     if time.unit == TimeUnit.DURATION:
-        whole = in_batches(state.max_duration, state)
-        return None if whole is None else time.value * whole
-    if time.unit == TimeUnit.EPOCH:
-        return None if state.dataloader_len is None else time.value * state.dataloader_len.value
-    return time.value if time.unit == TimeUnit.BATCH else None
-
-
-def counted_unit(time: Time, state: State) -> TimeUnit:
-    """Returns the unit that a time is counted in; a fraction of the run counts in that of its duration."""
-    if time.unit != TimeUnit.DURATION:
-        return time.unit
-    assert state.max_duration is not None, 'the trainer sets it before the first event of fit'
-    in_epochs = state.max_duration.unit == TimeUnit.EPOCH
-    return TimeUnit.BATCH if in_epochs and state.dataloader_len is not None else state.max_duration.unit
-
-
-def _length(time: Time, state: State) -> Fraction:
-    """Returns the length of a time in its counted unit, exactly: three tenths of ten have to be reached at 3."""
-    if time.unit != TimeUnit.DURATION:
-        return Fraction(time.value)
-    assert state.max_duration is not None, 'the trainer sets it before the first event of fit'
-    whole = state.max_duration.value
-    if counted_unit(time, state) != state.max_duration.unit:
-        assert state.dataloader_len is not None, 'the counted unit says so'
-        whole *= state.dataloader_len.value
-    return Fraction(str(time.value)) * whole
+        assert state.max_duration is not None, 'the trainer sets it before the first event of fit'
+        unit, whole = _counted(state.max_duration, state, epochs_in_steps=True)
+        return unit, Fraction(str(time.value)) * whole
+    if time.unit == TimeUnit.EPOCH and epochs_in_steps and state.dataloader_len is not None:
+        return TimeUnit.BATCH, Fraction(time.value * state.dataloader_len.value)
+    return time.unit, Fraction(time.value)

@@ -4,16 +4,16 @@
 """What all averages share as Composer Algorithms: events, updates when due, swapping, checkpoints and resuming.
 
 The average is in the model only where something looks at it: between ``EVAL_START`` and ``EVAL_END``, between
-``PREDICT_START`` and ``PREDICT_END``, and while callbacks run at a checkpoint event. Every other event finds the
-training weights. No arithmetic lives here.
+``PREDICT_START`` and ``PREDICT_END``, and while callbacks run at a checkpoint event. What an exception or a user left
+there is out again before the next step, evaluation or save. No arithmetic lives here.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Optional, Union
 
 import torch
@@ -22,11 +22,15 @@ from composer.algorithms import EMA as ComposerEMA
 
 from composer_bema.algorithms import times
 from composer_bema.algorithms.checkpointing import (
-    RestoreAfterCheckpoint,
+    AveragingCheckpoint,
+    Purpose,
     RestoreAfterFailedEvaluation,
-    is_resumable,
+    ask_once,
+    has_buffers,
+    has_failed_evaluation,
     may_save,
 )
+from composer_bema.averaging.parameters import copy_weights
 from composer_bema.averaging.rules import Rule
 from composer_bema.averaging.state import MODEL_HOLDS, AverageState, NonFinite
 
@@ -39,7 +43,7 @@ SaveWeights = Literal['average', 'training']
 _STEP_EVENTS = (Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END)
 _CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
 _EVALUATION_STARTS = (Event.EVAL_START, Event.PREDICT_START)
-_RESTORING_EVENTS = (Event.BATCH_START, Event.EVAL_END, Event.PREDICT_END, Event.FIT_END)
+_ENDS = (Event.BATCH_START, Event.EVAL_END, Event.PREDICT_END, Event.FIT_END)
 
 
 class WeightAveraging(Algorithm):
@@ -50,7 +54,7 @@ class WeightAveraging(Algorithm):
         settings (dict[str, float | None]): The settings of the rule, by the names of the constructor.
         update_freq (str): phi, as a Composer time string.
         update_after (str): tau, as a Composer time string.
-        half_life (Time, optional): The half-life that the rule counts in, whose unit its elapsed time comes in.
+        half_life (Time, optional): What the rule's elapsed time is counted in.
 
     The other arguments are documented at :class:`.BEMA`.
     """
@@ -88,10 +92,23 @@ class WeightAveraging(Algorithm):
             **settings,
             'average_buffers': average_buffers,
         }
-        self._new_average = lambda: AverageState(
-            rule, average_buffers=average_buffers, nonfinite=nonfinite, device=device
+        self._new_average = functools.partial(
+            AverageState, rule, average_buffers=average_buffers, nonfinite=nonfinite, device=device
         )
-        self._reset()
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self.average = self._new_average()
+        self.swapped_for: Optional[Purpose] = None
+        self.is_restored = False
+        self._run: Optional[State] = None
+        self._saves_average = False
+        self._loaded: Optional[dict[str, Any]] = None
+        # The clocks of the run at the burn-in, from where update_freq counts, and at the last update.
+        self._origin: dict[str, int] = {}
+        self._last_update: dict[str, int] = {}
+        # The label and the length of the training data.
+        self._train_data: tuple[str, Union[int, Time]] = ('train', -1)
 
     def __repr__(self) -> str:
         arguments = ', '.join(f'{name}={value!r}' for name, value in self._settings.items() if value is not None)
@@ -100,12 +117,12 @@ class WeightAveraging(Algorithm):
     # What Composer calls
 
     def match(self, event: Event, state: State) -> bool:
-        return self._action(event, state) is not None
+        return self._handler(event) is not None
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        action = self._action(event, state)
-        assert action is not None, 'the engine applies what matches'
-        action(state, logger)
+        handler = self._handler(event)
+        assert handler is not None, 'the engine applies what matches'
+        handler(event, state, logger)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns tensors, numbers, strings, dicts and lists only, so that a restricted unpickler takes them."""
@@ -115,53 +132,59 @@ class WeightAveraging(Algorithm):
         return {
             **super().state_dict(),
             'settings': self._settings,
-            'origin': self._origin.to_dict(),
-            'last_update': self._last_update.to_dict(),
+            'origin': self._origin,
+            'last_update': self._last_update,
             'average': average,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps the state until the model's weights are loaded and stand on their devices."""
-        self._loaded = state if is_resumable(self._name, state) else None
+        self._loaded = state if has_buffers(state) else None
 
     # What users call
 
     def get_averaged_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """Puts the average into a model, and returns it.
 
-        In the model that is being trained the training weights are kept aside, and come back with
-        :meth:`get_training_model` or with the next training step.
+        In the model that is being trained the training weights are kept aside. They come back with
+        :meth:`get_training_model` or before the next step or evaluation. Of another model the averaged tensors are
+        overwritten, and the others, such as frozen parameters, are left as they are.
 
         Args:
-            model (torch.nn.Module): The model that is being trained, or another one of the same architecture.
+            model (torch.nn.Module): The model that is being trained, or another one with its names.
 
         Raises:
             ValueError: If there was no update yet, or the model that is being trained holds the average already.
         """
         run = self._run_with_update()
-        if not _share_parameters(model, run.model):
+        if not _is_part_of(model, run.model):
             self.average.copy_to(model)
             return model
-        if self.average.swapped:
+        if self.average.swapped and not has_failed_evaluation(self, run.model):
             raise ValueError(f'The {self._name} weights are in the model already.')
-        self._swap_in(run)
+        self._swap_in(run, 'user')
         return model
 
     def get_training_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """Puts the training weights into a model, and returns it.
 
         Args:
-            model (torch.nn.Module): The model that is being trained, or another one of the same architecture.
+            model (torch.nn.Module): The model that is being trained, or another one with its names.
 
         Raises:
-            ValueError: If the training weights are in the model that is being trained already.
+            ValueError: If there is no run yet, or the training weights are in the model already.
         """
-        if self._run is None or not self.average.swapped:
-            raise ValueError('The training weights are in the model that is being trained already.')
-        if _share_parameters(model, self._run.model):
-            self.swap_out()
+        if self._run is None:
+            raise ValueError(f'{self._name} is in no run yet, so there are no training weights to give.')
+        holder = next((average for average in _averages(self._run) if average.average.swapped), None)
+        if not _is_part_of(model, self._run.model):
+            copy_weights(self._run.model, model)
+            if holder is not None:
+                holder.average.copy_training_weights_to(model)
+        elif holder is None:
+            raise ValueError('The training weights are in the model already.')
         else:
-            self.average.copy_training_weights_to(model)
+            holder.swap_out()
         return model
 
     def averaged_state_dict(self) -> dict[str, Any]:
@@ -174,146 +197,146 @@ class WeightAveraging(Algorithm):
 
     # Events
 
-    def _action(self, event: Event, state: State) -> Optional[Callable[[State, Logger], None]]:
-        """Returns what there is to do at an event, or None."""
+    def _handler(self, event: Event) -> Optional[Callable[[Event, State, Logger], None]]:
         if event in _STEP_EVENTS:
-            return self._step_action(state)
+            return self._end_step
         if event in _EVALUATION_STARTS:
             return self._start_evaluation
-        if event in _RESTORING_EVENTS:
-            return self._restore_training_weights if self.average.swapped else None
         if event in _CHECKPOINT_EVENTS:
-            return self._start_checkpoint if self._is_saved(event, state) else None
+            return self._start_checkpoint
+        if event in _ENDS:
+            return self._end
         return {
             Event.INIT: self._start_run,
-            Event.AFTER_LOAD: self._take_loaded_state,
+            Event.AFTER_LOAD: self._finish_loading,
             Event.FIT_START: self._start_fit,
         }.get(event)
 
-    def _start_run(self, state: State, logger: Logger) -> None:
-        self._reset()
+    def _start_run(self, event: Event, state: State, logger: Logger) -> None:
+        if self.swapped_for != 'user':
+            # What a failed evaluation of the run before left in its model.
+            self.swap_out()
+        self._forget_run()
         self._run = state
         averages = _averages(state)
         check_algorithms(self, state.algorithms)
         self._saves_average = self.save_weights == 'average' or (self.save_weights is None and len(averages) == 1)
         state.model.register_state_dict_pre_hook(RestoreAfterFailedEvaluation(self))
-        if self._saves_average:
-            state.callbacks.append(RestoreAfterCheckpoint(self))
+        if self is averages[0]:
+            state.callbacks.append(AveragingCheckpoint(averages))
+            ask_once(state.callbacks)
 
-    def _start_fit(self, state: State, logger: Logger) -> None:
-        _restore_training_weights(state)
-        self._return_train_dataloader(state)
-        self._take_loaded_state(state, logger)
+    def _finish_loading(self, event: Event, state: State, logger: Logger) -> None:
+        self._take_loaded_state(state)
+        if state.dataloader is not None:
+            self._remember_train_data(state)
+
+    def _start_fit(self, event: Event, state: State, logger: Logger) -> None:
+        swap_out_all(state)
+        self._come_last(state)
+        self._return_train_data(state)
+        self._remember_train_data(state)
+        self._take_loaded_state(state)
         self._check_against_run(state)
         if self.average.started:
-            self._align_marks(state)
-        elif times.is_reached(self.update_after, state):
+            self._follow_reset_clocks(state)
+        elif times.has_reached(self.update_after, state):
             if state.timestamp.batch > 0:
                 warnings.warn(
-                    f'{self._name} starts anew from the weights of step {state.timestamp.batch.value}: the checkpoint '
-                    f'holds no {self._name} state.',
+                    f'{self._name} starts anew from the weights of step {state.timestamp.batch.value}: no average from '
+                    'before that step was loaded.',
                     stacklevel=2,
                 )
-            self._take_snapshot(state, logger)
+            self._start_average(state)
 
-    def _step_action(self, state: State) -> Optional[Callable[[State, Logger], None]]:
+    def _end_step(self, event: Event, state: State, logger: Logger) -> None:
+        """Takes theta_0 at the burn-in and updates when due, from the training weights whatever a save left behind."""
+        swap_out_all(state)
         for name, time in self._times().items():
             times.check_unit(name, time, state)
         if not self.average.started:
-            return self._take_snapshot if times.is_reached(self.update_after, state) else None
-        return self._update if self._is_due(state) else None
+            if times.has_reached(self.update_after, state):
+                self._start_average(state)
+        elif self._is_due(state):
+            self._update(state, logger)
 
-    def _take_snapshot(self, state: State, logger: Logger) -> None:
-        _restore_training_weights(state)
-        self.average.start(state.model)
-        self._mark_origin(state)
-        self._mark_update(state)
-
-    def _update(self, state: State, logger: Logger) -> None:
-        _restore_training_weights(state)
-        elapsed = times.elapsed(self._last_update.unit, state) - self._last_update.value
-        coefficients = self.average.update(state.model, state.timestamp.batch.value, elapsed)
-        if coefficients is None:
-            logger.log_metrics({f'{self._prefix}/num_skipped': self.average.num_skipped})
-            return
-        self._mark_update(state)
-        metrics = {**coefficients, 'num_updates': self.average.num_updates}
-        logger.log_metrics({f'{self._prefix}/{name}': value for name, value in metrics.items()})
-
-    def _start_evaluation(self, state: State, logger: Logger) -> None:
+    def _start_evaluation(self, event: Event, state: State, logger: Logger) -> None:
         """Puts the average in for an evaluator that sees it, and makes sure that no other one does."""
-        self._take_loaded_state(state, logger)
+        self._take_loaded_state(state)
         sees_average = self.eval_labels is None or state.dataloader_label in self.eval_labels
         if not (sees_average and self.average.num_updates):
             self.swap_out()
             return
-        _restore_training_weights(state)
+        swap_out_all(state)
         logger.log_metrics({f'{self._prefix}/distance': self.average.distance(state.model)})
-        self._swap_in(state)
-        self.is_evaluating = True
+        self._swap_in(state, 'evaluation')
 
-    def _start_checkpoint(self, state: State, logger: Logger) -> None:
-        self._swap_in(state)
-        log.info(
-            'The %s weights (step %d, %d updates) are in the model for this checkpoint.',
-            self._name,
-            state.timestamp.batch.value,
-            self.average.num_updates,
-        )
+    def _start_checkpoint(self, event: Event, state: State, logger: Logger) -> None:
+        if not (self._saves_average and self.average.num_updates):
+            return
+        if any(may_save(callback, event, state) for callback in state.callbacks):
+            self._swap_in(state, 'checkpoint')
+            log.info(
+                'The %s weights (step %d, %d updates) are in the model for this checkpoint.',
+                self._name,
+                state.timestamp.batch.value,
+                self.average.num_updates,
+            )
 
-    def _restore_training_weights(self, state: State, logger: Logger) -> None:
+    def _end(self, event: Event, state: State, logger: Logger) -> None:
         self.swap_out()
 
-    # The model
+    # The average
 
-    def _swap_in(self, state: State) -> None:
-        _restore_training_weights(state)
+    def _start_average(self, state: State) -> None:
+        self.average.start(state.model)
+        self._origin = self._last_update = times.clocks(state.timestamp)
+
+    def _update(self, state: State, logger: Logger) -> None:
+        elapsed = 1.0 if self.half_life is None else times.times_since(self._last_update, self.half_life, state)
+        coefficients = self.average.update(state.model, state.timestamp.batch.value, elapsed)
+        if coefficients is None:
+            logger.log_metrics({f'{self._prefix}/num_skipped': self.average.num_skipped})
+            return
+        self._last_update = times.clocks(state.timestamp)
+        metrics = {**coefficients, 'num_updates': self.average.num_updates}
+        logger.log_metrics({f'{self._prefix}/{name}': value for name, value in metrics.items()})
+
+    def _swap_in(self, state: State, purpose: Purpose) -> None:
+        swap_out_all(state)
+        self.swapped_for = purpose
         self.average.swap_in(state.model)
 
     def swap_out(self) -> None:
         """Puts the training weights back into the model, if the average is there."""
         self.average.swap_out()
-        self.is_evaluating = False
-
-    def _is_saved(self, event: Event, state: State) -> bool:
-        """Returns whether a callback may save the model at this event, and should find the average in it."""
-        if not (self._saves_average and self.average.num_updates):
-            return False
-        return any(may_save(callback, event, state) for callback in state.callbacks)
+        self.swapped_for = None
 
     def _run_with_update(self) -> State:
         if self._run is None or not self.average.num_updates:
             raise ValueError(f'There was no {self._name} update yet, so there are no averaged weights to give.')
         return self._run
 
-    # Times
+    # The run
 
     def _times(self) -> dict[str, Time]:
         given = {'update_freq': self.update_freq, 'update_after': self.update_after, 'half_life': self.half_life}
         return {name: time for name, time in given.items() if time is not None}
 
     def _is_due(self, state: State) -> bool:
+        """Returns whether this event is the first one after a multiple of update_freq."""
         assert state.previous_timestamp is not None, 'the trainer sets it with the first step'
-        now, before = (
-            times.intervals_since(self._origin.value, self.update_freq, timestamp, state)
-            for timestamp in (state.timestamp, state.previous_timestamp)
+        before, now = (
+            times.intervals_since(self._origin, self.update_freq, timestamp, state)
+            for timestamp in (state.previous_timestamp, state.timestamp)
         )
         return now > before
 
-    def _mark_origin(self, state: State) -> None:
-        unit = times.counted_unit(self.update_freq, state)
-        self._origin = _Mark(times.position(self.update_freq, state.timestamp, state), unit)
-
-    def _mark_update(self, state: State) -> None:
-        unit = TimeUnit.BATCH if self.half_life is None else self.half_life.unit
-        self._last_update = _Mark(times.elapsed(unit, state), unit)
-
-    def _align_marks(self, state: State) -> None:
-        """Counts from here on where a resumed run counts in other units than the saved one."""
-        if self._origin.unit != times.counted_unit(self.update_freq, state):
-            self._mark_origin(state)
-        if self.half_life is not None and self._last_update.unit != self.half_life.unit:
-            self._mark_update(state)
+    def _follow_reset_clocks(self, state: State) -> None:
+        """Counts from here on where the clocks stand before the last update, as after ``fit(reset_time=True)``."""
+        now = times.clocks(state.timestamp)
+        if now[TimeUnit.BATCH.value] < self._last_update[TimeUnit.BATCH.value]:
+            self._origin = self._last_update = now
 
     def _check_against_run(self, state: State) -> None:
         for name, time in self._times().items():
@@ -330,55 +353,49 @@ class WeightAveraging(Algorithm):
             self._warn_of_a_short_run(state)
 
     def _warn_of_a_short_run(self, state: State) -> None:
-        wait, interval, length = (
-            times.in_batches(time, state) for time in (self.update_after, self.update_freq, state.max_duration)
-        )
-        if wait is not None and interval is not None and length is not None and wait + interval > length:
+        first_update = times.steps_to_first_update(self.update_after, self.update_freq, state)
+        length = times.steps_of_run(state)
+        if first_update is not None and length is not None and first_update > length:
             warnings.warn(
-                f'{self._name} will average nothing: its first update is due after {wait + interval:g} steps, but the '
-                f'run ends after {length:g}.',
+                f'{self._name} will average nothing: its first update is due after {first_update:g} steps, but the run '
+                f'ends after {length:g}.',
                 stacklevel=2,
             )
 
-    # Resuming
-
-    def _take_loaded_state(self, state: State, logger: Logger) -> None:
+    def _take_loaded_state(self, state: State) -> None:
         if self._loaded is None:
             return
         saved, self._loaded = self._loaded, None
-        self._warn_of_other_settings(saved['settings'])
+        self._warn_of_other_settings(saved)
         self.average.load_state_dict(saved['average'], state.model)
-        self._origin, self._last_update = _Mark.from_dict(saved['origin']), _Mark.from_dict(saved['last_update'])
+        self._origin, self._last_update = dict(saved['origin']), dict(saved['last_update'])
+        self.is_restored = True
 
     def _warn_of_other_settings(self, saved: dict[str, Any]) -> None:
-        changed = {name: (saved.get(name), value) for name, value in self._settings.items() if saved.get(name) != value}
-        if changed:
-            changes = ', '.join(f'{name}={new!r} (saved: {old!r})' for name, (old, new) in changed.items())
-            warnings.warn(
-                f'{self._name} goes on with the saved buffers under other settings than the checkpoint: {changes}.',
-                stacklevel=2,
-            )
+        old = saved['settings']
+        changed = [name for name, value in self._settings.items() if old.get(name) != value]
+        if not changed:
+            return
+        changes = ', '.join(f'{name}={self._settings[name]!r} (saved: {old.get(name)!r})' for name in changed)
+        has_begun = 'update_after' in changed and bool(saved['origin'])
+        warnings.warn(
+            f'{self._name} goes on with the saved buffers under other settings than the checkpoint: {changes}'
+            + ('; averaging has begun, so that update_after has no effect.' if has_begun else '.'),
+            stacklevel=2,
+        )
 
-    def _return_train_dataloader(self, state: State) -> None:
-        """Undoes what a failed evaluation leaves: Composer would train on the evaluator's data in the next fit."""
-        if state.dataloader is not state.train_dataloader:
-            label, length = self._train_data or ('train', -1)
-            state.set_dataloader(state.train_dataloader, label, length)
+    def _come_last(self, state: State) -> None:
+        """Moves the callback that ends a checkpoint behind callbacks that were added later."""
+        state.callbacks.sort(key=lambda callback: isinstance(callback, AveragingCheckpoint))
+
+    def _remember_train_data(self, state: State) -> None:
         assert state.dataloader_label is not None, 'the trainer sets it with the dataloader'
         self._train_data = (state.dataloader_label, -1 if state.dataloader_len is None else state.dataloader_len)
 
-    def _reset(self) -> None:
-        """Forgets the run, so that one object can serve in one Trainer after another."""
-        self.average = self._new_average()
-        self._run: Optional[State] = None
-        self._saves_average = False
-        self._loaded: Optional[dict[str, Any]] = None
-        # Where update_freq counts from, and when the last update was, in the unit of half_life.
-        self._origin = _Mark(0, TimeUnit.BATCH)
-        self._last_update = _Mark(0, TimeUnit.BATCH)
-        # Whether it is an evaluation, rather than a checkpoint or the user, that has the average in the model.
-        self.is_evaluating = False
-        self._train_data: Optional[tuple[str, Union[int, Time]]] = None
+    def _return_train_data(self, state: State) -> None:
+        """Undoes what a failed evaluation leaves: Composer would train on the evaluator's data in the next fit."""
+        if state.dataloader is not state.train_dataloader:
+            state.set_dataloader(state.train_dataloader, *self._train_data)
 
     @property
     def _name(self) -> str:
@@ -389,34 +406,20 @@ class WeightAveraging(Algorithm):
         return self._name.lower()
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """A moment of the run, in one unit."""
-
-    value: float
-    unit: TimeUnit
-
-    def to_dict(self) -> dict[str, Any]:
-        return {'value': self.value, 'unit': self.unit.value}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> _Mark:
-        return cls(saved['value'], TimeUnit(saved['unit']))
+def swap_out_all(state: State) -> None:
+    """Puts the training weights into the model of a run, whichever average is in it."""
+    for average in _averages(state):
+        average.swap_out()
 
 
 def _averages(state: State) -> list[WeightAveraging]:
     return [algorithm for algorithm in state.algorithms if isinstance(algorithm, WeightAveraging)]
 
 
-def _restore_training_weights(state: State) -> None:
-    """Puts the training weights into the model, whichever average is in it."""
-    for average in _averages(state):
-        average.swap_out()
-
-
-def _share_parameters(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    identities = {id(parameter) for parameter in other.parameters()}
-    return any(id(parameter) in identities for parameter in one.parameters())
+def _is_part_of(part: torch.nn.Module, whole: torch.nn.Module) -> bool:
+    """Returns whether a model is the other one, wrapped or not, or one of its submodules."""
+    identities = {id(parameter) for parameter in whole.parameters()}
+    return all(id(parameter) in identities for parameter in part.parameters())
 
 
 def check_algorithms(average: WeightAveraging, algorithms: Sequence[Algorithm]) -> None:

@@ -18,10 +18,25 @@ At kappa 0.5, rho 10, gamma 2, tau 0 and t 10 the three give 0.183, 0.156 and 2.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ['ConstantDecay', 'Decay', 'HalfLifeDecay', 'PowerDecay']
+__all__ = ['ConstantDecay', 'Decay', 'HalfLifeDecay', 'PowerDecay', 'require_number']
+
+
+def require_number(name: str, value: Any, at_most: float = math.inf) -> None:
+    """Checks that a setting is a finite number of at least 0.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative, not finite, or more than ``at_most``.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f'{name} must be a number, but is {value!r}.')
+    if not (math.isfinite(value) and 0 <= float(value) <= at_most):
+        bounds = 'at least 0 and finite' if at_most == math.inf else f'between 0 and {at_most:g}'
+        raise ValueError(f'{name} must be {bounds}, but is {value!r}.')
 
 
 class Decay(Protocol):
@@ -52,6 +67,7 @@ class PowerDecay:
         floor (float): The coefficient is never below this; in [0, 1].
 
     Raises:
+        TypeError: If a setting is no number.
         ValueError: If a setting is out of its range.
     """
 
@@ -64,11 +80,8 @@ class PowerDecay:
 
     def __post_init__(self) -> None:
         for name in ('power', 'lag', 'multiplier'):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f'The {name} of a decay must be a finite number of at least 0, but is {value!r}.')
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f'The floor of a decay must lie in [0, 1], but is {self.floor!r}.')
+            require_number(name, getattr(self, name))
+        require_number('floor', self.floor, at_most=1)
 
     def __call__(self, step: int, elapsed: float = 1.0) -> float:
         base = self.lag + self.multiplier * max(step - self.origin, self.min_age)
@@ -91,8 +104,9 @@ class HalfLifeDecay:
     half_life: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.half_life) and self.half_life > 0):
-            raise ValueError(f'half_life must be a positive number, but is {self.half_life!r}.')
+        require_number('half_life', self.half_life)
+        if self.half_life == 0:
+            raise ValueError('half_life must be positive, but is 0.')
 
     def __call__(self, step: int, elapsed: float) -> float:
         return -math.expm1(-elapsed / self.half_life * math.log(2))
@@ -103,7 +117,7 @@ class ConstantDecay:
     """The same coefficient at every update.
 
     Args:
-        value (float): The coefficient, in (0, 1].
+        value (float): The coefficient, in [0, 1].
 
     Raises:
         ValueError: If ``value`` is out of its range.
@@ -112,8 +126,7 @@ class ConstantDecay:
     value: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.value <= 1:
-            raise ValueError(f'A constant coefficient must lie in (0, 1], but is {self.value!r}.')
+        require_number('value', self.value, at_most=1)
 
     def __call__(self, step: int, elapsed: float) -> float:
         return self.value

@@ -10,6 +10,7 @@ chunk by chunk on the way.
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Optional
@@ -63,7 +64,7 @@ def distance(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> flo
     squares = []
     for pair in zip(left, right, strict=True):
         for a, b in _aligned_chunks(pair):
-            difference = scratch.take('difference', b)
+            difference = scratch.take('(difference)', b)
             torch.sub(scratch.like(b, a, 'left'), b, out=difference)
             squares.append(torch.linalg.vector_norm(difference).float().square())
     return math.sqrt(sum(torch.stack(squares).tolist())) if squares else 0.0
@@ -77,14 +78,18 @@ def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
     closely). It has to come before an update and not ride on it, or the chunks before the bad one would be updated.
     """
     sums = [tensor.sum(dtype=_sum_dtype(tensor)) for tensor in tensors]
-    suspects = [i for i, value in enumerate(_to_host(sums)) if not math.isfinite(abs(value))]
-    return next((i for i in suspects if not torch.isfinite(tensors[i]).all()), None)
+    suspects = [i for i, value in enumerate(_to_host(sums)) if not cmath.isfinite(value)]
+    return next((i for i in suspects if not _is_finite(tensors[i])), None)
 
 
 @torch.no_grad()
 def is_exact_in(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Returns whether every value of ``tensor`` survives a round trip through ``dtype``."""
     return all(torch.equal(chunk, chunk.to(dtype).to(chunk.dtype)) for (chunk,) in _aligned_chunks((tensor,)))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(chunk).all()) for (chunk,) in _aligned_chunks((tensor,)))
 
 
 class _Scratch:
@@ -129,7 +134,7 @@ def _apply_difference(
     base, minuend, subtrahend = (
         scratch.like(target, operands[name], name) for name in (row.base, row.minuend, row.subtrahend)
     )
-    difference = torch.sub(minuend, subtrahend, out=scratch.take('difference', target))
+    difference = torch.sub(minuend, subtrahend, out=scratch.take('(difference)', target))
     torch.add(base, difference, alpha=row.scale, out=target)
 
 
@@ -141,8 +146,11 @@ def _aligned_chunks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Ten
     flat = _flattened(tensors)
     if flat is None:
         # Layouts that differ, or with gaps: cut along the first axis, whatever a slice's size.
-        rows = max(1, chunk * tensors[0].shape[0] // tensors[0].numel())
-        return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        rows = chunk * tensors[0].shape[0] // tensors[0].numel()
+        if rows:
+            return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        slices = zip(*(tensor.unbind() for tensor in tensors), strict=True)
+        return (chunks for pieces in slices for chunks in _aligned_chunks(pieces))
     return zip(*(tensor.split(chunk) for tensor in flat), strict=True)
 
 

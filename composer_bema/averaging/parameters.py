@@ -9,7 +9,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['canonical_names', 'first_names', 'local_tensor', 'named_parameters', 'named_persistent_buffers']
+__all__ = [
+    'canonical_names',
+    'copy_weights',
+    'first_names',
+    'local_tensor',
+    'named_parameters',
+    'named_persistent_buffers',
+]
 
 # Path components that FSDP1, torch.compile and activation checkpointing put into names.
 _WRAPPERS = frozenset({'_fsdp_wrapped_module', '_orig_mod', '_checkpoint_wrapped_module'})
@@ -49,11 +56,25 @@ def named_persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def first_names(model: torch.nn.Module) -> dict[str, str]:
-    """Maps the canonical name of every parameter, each of a tied one's, to the one that it is averaged under."""
-    parameters = list(model.named_parameters(remove_duplicate=False))
+    """Maps every canonical name of a parameter or module buffer, tied or not, to the one that it is averaged under."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
-    names = canonical_names(model, [name for name, _ in parameters])
-    return {name: first.setdefault(id(parameter), name) for name, (_, parameter) in zip(names, parameters, strict=True)}
+    names = canonical_names(model, [name for name, _ in tensors])
+    return {name: first.setdefault(id(tensor), name) for name, (_, tensor) in zip(names, tensors, strict=True)}
+
+
+@torch.no_grad()
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Overwrites the parameters and persistent module buffers of ``target`` with those of ``source``.
+
+    Raises:
+        ValueError: If ``target`` lacks one of them.
+    """
+    targets = {**named_parameters(target), **named_persistent_buffers(target)}
+    for name, tensor in {**named_parameters(source), **named_persistent_buffers(source)}.items():
+        if name not in targets:
+            raise ValueError(f"The model to copy weights to has no tensor '{name}'.")
+        local_tensor(targets[name]).copy_(local_tensor(tensor))
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Optional, Protocol, Union
 
-from composer_bema.averaging.decay import ConstantDecay, Decay, HalfLifeDecay, PowerDecay
+from composer_bema.averaging.decay import ConstantDecay, Decay, HalfLifeDecay, PowerDecay, require_number
 from composer_bema.averaging.defaults import DEFAULTS
 
 __all__ = [
@@ -179,18 +179,23 @@ def ema_rule(
         smoothing (float, optional): Replaces ``ema_power`` by the constant beta = 1 - smoothing, in [0, 1).
 
     Raises:
+        TypeError: If a setting is no number.
         ValueError: If a setting is out of its range, or ``half_life`` and ``smoothing`` are both given.
     """
     if half_life is not None and smoothing is not None:
         raise ValueError('half_life and smoothing both fix the rate of the EMA: give one of them.')
+    _require_numbers(lag=lag, multiplier=multiplier)
+    require_number('min_ema_multiplier', min_ema_multiplier, at_most=1)
     if smoothing is not None:
-        if not 0 <= smoothing < 1:
-            raise ValueError(f'smoothing must lie in [0, 1), but is {smoothing!r}.')
+        require_number('smoothing', smoothing, at_most=1)
+        if smoothing == 1:
+            raise ValueError('smoothing must be below 1, or the average would never move.')
         return EMA(ConstantDecay(1.0 - smoothing))
     if half_life is not None:
         return EMA(HalfLifeDecay(half_life))
     if ema_power is None:
         return EMA(ConstantDecay(1.0))
+    _require_numbers(ema_power=ema_power)
     return EMA(PowerDecay(ema_power, lag, multiplier, floor=min_ema_multiplier))
 
 
@@ -213,4 +218,11 @@ def bema_rule(
     ema = ema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life)
     if bias_power is None:
         return ema
+    _require_numbers(bias_power=bias_power)
     return BEMA(alpha=PowerDecay(bias_power, lag, multiplier), beta=ema.beta)
+
+
+def _require_numbers(**settings: object) -> None:
+    """Checks settings under the names that users know them by."""
+    for name, value in settings.items():
+        require_number(name, value)

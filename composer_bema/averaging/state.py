@@ -47,10 +47,11 @@ class _Group:
 
 @dataclass
 class _Swap:
-    """The tensors that a swap wrote to, and copies of those training weights that could not be exchanged."""
+    """Where the average went: tensors that traded values with it, and copies of those that could not."""
 
-    live: dict[str, torch.Tensor] = field(default_factory=dict)
-    stash: dict[str, torch.Tensor] = field(default_factory=dict)
+    model: torch.nn.Module
+    stash: dict[str, torch.Tensor]
+    exchanged: list[str] = field(default_factory=list)
 
 
 class AverageState:
@@ -67,7 +68,8 @@ class AverageState:
             update. Default: ``True``.
         nonfinite (str): What an update does about a NaN or an infinity in the weights: ``'raise'`` an error that names
             the parameter and the step, ``'skip'`` the update and count it, or ``'ignore'`` it, which saves a read of
-            the weights. The average stays as it was in the first two. All ranks decide alike. Default: ``'raise'``.
+            the weights. The average stays as it was in the first two. All ranks decide alike, in one all-reduce of a
+            number where torch.distributed is initialised, so every rank has to update. Default: ``'raise'``.
         device (torch.device | str, optional): Where the buffers live. ``None`` keeps each beside its parameter.
 
     Attributes:
@@ -88,7 +90,7 @@ class AverageState:
         self.rule = rule
         self.average_buffers = average_buffers
         self.nonfinite = nonfinite
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else _parse_device(device)
         self.num_updates = 0
         self.num_skipped = 0
         self._groups: list[_Group] = []
@@ -107,9 +109,12 @@ class AverageState:
     def start(self, model: torch.nn.Module) -> None:
         """Takes every buffer, theta_0 included, from the weights of ``model``."""
         self._require_training_weights('start')
+        averaged = self._averaged_tensors(model)
+        if not averaged[0][1]:
+            raise ValueError('The model has no trainable parameters, so there is nothing to average.')
         self._groups = [
             _Group(rule, {name: self._snapshot(tensors, name in rule.constants) for name in rule.buffers})
-            for rule, tensors in self._averaged_tensors(model)
+            for rule, tensors in averaged
         ]
         self.num_updates = self.num_skipped = 0
 
@@ -129,8 +134,7 @@ class AverageState:
             RuntimeError: If the buffers have not been taken, or a model holds the average.
             ValueError: If a parameter has become trainable since, or an averaged one is gone.
         """
-        if not self.started:
-            raise RuntimeError('The average has no buffers yet: call start(model) before update(model, step).')
+        self._require_start()
         self._require_training_weights('update')
         theta = self._tensors_to_average(_named_tensors(model))
         if self.nonfinite != 'ignore' and not self._all_finite(theta, step):
@@ -145,11 +149,11 @@ class AverageState:
 
     def average(self) -> dict[str, torch.Tensor]:
         """Returns the averaged tensors by canonical name: the state's own memory, or the model's while swapped."""
-        exchanged = {} if self._swap is None else self._exchanged()
-        return {n: exchanged.get(n, tensor) for group in self._groups for n, tensor in group.average.items()}
+        return {**self._kept_average(), **({} if self._swap is None else self._exchanged())}
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Returns a copy of the state dict of ``model`` with the average in it, by canonical name, in its dtypes."""
+        self._require_update()
         state = model.state_dict()
         average, first = self.average(), first_names(model)
         averaged = {}
@@ -164,8 +168,10 @@ class AverageState:
         """Overwrites the averaged tensors of ``model`` with the average, rounded once to the model's dtypes.
 
         Raises:
+            RuntimeError: If there was no update yet.
             ValueError: If the model lacks an averaged tensor or has it in another shape.
         """
+        self._require_update()
         self._copy(self.average(), model)
 
     @torch.no_grad()
@@ -182,17 +188,18 @@ class AverageState:
         Values are exchanged bit for bit where dtype and device agree. Elsewhere the training weights rest in a copy of
         their own dtype, since a trip of the average through bf16 weights would round it.
         """
+        self._require_start()
         self._require_training_weights('swap_in')
         average = self.average()
         live = _matching(average, _named_tensors(model))
         copied = [n for n, tensor in live.items() if not _exchangeable(tensor, average[n])]
         # All that can fail for want of memory comes before the first weight is touched.
-        self._swap = swap = _Swap(stash={n: live[n].clone() for n in copied})
+        self._swap = _Swap(model, stash={n: live[n].clone() for n in copied})
         for n in copied:
-            swap.live[n] = live[n].copy_(average[n])
-        for n in live.keys() - swap.stash.keys():
-            kernels.exchange([live[n]], [average[n]])
-            swap.live[n] = live[n]
+            live[n].copy_(average[n])
+        for n in (n for n in live if n not in self._swap.stash):
+            _exchange(live[n], average[n])
+            self._swap.exchanged.append(n)
 
     @torch.no_grad()
     def swap_out(self) -> None:
@@ -200,22 +207,31 @@ class AverageState:
         if self._swap is None:
             return
         resting = self._resting()
-        for n, tensor in self._swap.live.items():
-            if n in self._swap.stash:
-                tensor.copy_(resting[n])
-            else:
-                kernels.exchange([tensor], [resting[n]])
+        # Looked up anew: the model may have been moved, cast or loaded into meanwhile.
+        live = _matching(resting, _named_tensors(self._swap.model))
+        # What is back is struck off at once, so that an interrupted swap can be finished.
+        for n, stashed in list(self._swap.stash.items()):
+            live[n].copy_(stashed)
+            del self._swap.stash[n]
+        # In reverse, in case that two names share memory without being tied.
+        while self._swap.exchanged:
+            n = self._swap.exchanged[-1]
+            _exchange(live[n], resting[n])
+            self._swap.exchanged.pop()
         self._swap = None
 
     @contextlib.contextmanager
     def applied_to(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         """Holds the average in ``model`` for a block, and puts the training weights back whatever happens inside.
 
+        Before the first update there is no average, and the block sees the training weights.
+
         Example:
             >>> with state.applied_to(model):
             ...     evaluate(model)
         """
-        self.swap_in(model)
+        if self.num_updates:
+            self.swap_in(model)
         try:
             yield model
         finally:
@@ -223,6 +239,7 @@ class AverageState:
 
     def distance(self, model: torch.nn.Module) -> float:
         """Returns the Euclidean distance between the average and the training weights in ``model``, parameters only."""
+        self._require_start()
         self._require_training_weights('distance')
         average = self._groups[0].average
         live = _matching(average, _named_tensors(model))
@@ -262,18 +279,17 @@ class AverageState:
                 then.
         """
         self._require_training_weights('load_state_dict')
+        counters = state['num_updates'], state['num_skipped']
         groups = self._loaded_groups(state[BUFFERS], model) if state[BUFFERS] else []
         if state[MODEL_HOLDS] == 'average':
             with torch.no_grad():
                 self._copy(state[TRAINING_WEIGHTS], model)
         self._groups = groups
-        self.num_updates, self.num_skipped = state['num_updates'], state['num_skipped']
+        self.num_updates, self.num_skipped = counters
 
     def _averaged_tensors(self, model: torch.nn.Module) -> list[tuple[Rule, dict[str, torch.Tensor]]]:
         """Returns the tensors of ``model`` by the rule that they fall under; the parameters come first."""
         parameters = {n: local_tensor(p) for n, p in named_parameters(model).items() if p.requires_grad}
-        if not parameters:
-            raise ValueError('The model has no trainable parameters, so there is nothing to average.')
         buffers = {n: local_tensor(b) for n, b in named_persistent_buffers(model).items()}
         statistics = {n: b for n, b in buffers.items() if self.average_buffers and _is_inexact(b)}
         copied = {n: b for n, b in buffers.items() if n not in statistics}
@@ -282,15 +298,12 @@ class AverageState:
     @torch.no_grad()
     def _snapshot(self, tensors: Mapping[str, torch.Tensor], constant: bool) -> dict[str, torch.Tensor]:
         """Returns copies of ``tensors`` as a buffer keeps them."""
-        return {
-            n: self._placed(t.to(_lossless_dtype(t) if constant else _buffer_dtype(t), copy=True), like=t)
-            for n, t in tensors.items()
-        }
+        return {n: self._kept(t, _lossless_dtype(t) if constant else _buffer_dtype(t), t) for n, t in tensors.items()}
 
-    def _placed(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Returns ``tensor`` where the buffers of ``like`` live; host memory is pinned for an accelerator's weights."""
-        placed = tensor.to(like.device if self.device is None else self.device)
-        return placed.pin_memory() if placed.device.type == 'cpu' and like.device.type == 'cuda' else placed
+    def _kept(self, tensor: torch.Tensor, dtype: torch.dtype, live: torch.Tensor) -> torch.Tensor:
+        """Returns a copy where the buffers of ``live`` are kept; host memory is pinned for an accelerator's weights."""
+        copy = tensor.to(device=live.device if self.device is None else self.device, dtype=dtype, copy=True)
+        return copy.pin_memory() if copy.device.type == 'cpu' and live.device.type == 'cuda' else copy
 
     def _tensors_to_average(self, named: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Returns, a group each, the tensors to update from. A parameter that froze keeps its average."""
@@ -299,7 +312,12 @@ class AverageState:
         return [{n: t for n, t in parameters.items() if named[n].requires_grad}, *others]
 
     def _all_finite(self, theta: list[dict[str, torch.Tensor]], step: int) -> bool:
-        tensors = {n: t for group in theta for n, t in group.items() if _is_inexact(t)}
+        tensors = {
+            n: t
+            for group, kept in zip(theta, self._groups, strict=True)
+            if not isinstance(kept.rule, Latest)
+            for n, t in group.items()
+        }
         bad = kernels.first_nonfinite(list(tensors.values()))
         if not _any_rank(bad is not None, next(iter(tensors.values())).device if tensors else torch.device('cpu')):
             return True
@@ -312,15 +330,19 @@ class AverageState:
         return False
 
     def _exchanged(self) -> dict[str, torch.Tensor]:
-        """Returns the live tensors that swapped values with the average, so that they hold it and it holds theirs."""
+        """Returns the live tensors that traded values with the average, so that they hold it and it holds theirs."""
         assert self._swap is not None
-        return {n: tensor for n, tensor in self._swap.live.items() if n not in self._swap.stash}
+        kept = self._kept_average()
+        return _matching({n: kept[n] for n in self._swap.exchanged}, _named_tensors(self._swap.model))
 
     def _resting(self) -> dict[str, torch.Tensor]:
         """Returns the training weights while swapped."""
         assert self._swap is not None
-        kept = {n: tensor for group in self._groups for n, tensor in group.average.items()}
-        return {n: self._swap.stash.get(n, kept[n]) for n in self._swap.live}
+        kept = self._kept_average()
+        return {**self._swap.stash, **{n: kept[n] for n in self._swap.exchanged}}
+
+    def _kept_average(self) -> dict[str, torch.Tensor]:
+        return {n: tensor for group in self._groups for n, tensor in group.average.items()}
 
     def _copy(self, source: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
         for n, tensor in _matching(source, _named_tensors(model)).items():
@@ -342,7 +364,9 @@ class AverageState:
         module_buffers = {n for _, tensors in others for n in tensors}
         # The saved parameters rather than the trainable ones: some may have frozen since.
         parameters = [n for n in saved[rule.average] if n not in module_buffers]
-        _require_no_newcomers(named, parameters)
+        for n, tensor in named.items():
+            if tensor.requires_grad and n not in parameters:
+                raise ValueError(f"The saved average has no tensor '{n}', which the model trains.")
         groups = [
             _Group(rule, {b: self._restored(saved[b], parameters, named, b in rule.constants) for b in rule.buffers}),
         ]
@@ -364,14 +388,29 @@ class AverageState:
             if n not in saved:
                 raise ValueError(f"The saved average has no tensor '{n}', which the model has.")
             dtype = saved[n].dtype if constant else _buffer_dtype(named[n])
-            restored[n] = self._placed(saved[n].to(dtype, copy=True), like=named[n])
+            restored[n] = self._kept(saved[n], dtype, named[n])
         return restored
+
+    def _require_start(self) -> None:
+        if not self.started:
+            raise RuntimeError('The average has no buffers yet: call start(model) first.')
+
+    def _require_update(self) -> None:
+        if not self.num_updates:
+            raise RuntimeError('There was no update yet, so there is no average to give.')
 
     def _require_training_weights(self, call: str) -> None:
         if self.swapped:
             raise RuntimeError(
                 f'{call} needs the training weights in the model, but the average is there: swap_out first.'
             )
+
+
+def _parse_device(device: Union[torch.device, str]) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be None or the name of a device such as 'cpu', but is {device!r}.") from error
 
 
 def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -421,6 +460,16 @@ def _lossless_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def _exchangeable(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device
+
+
+def _exchange(live: torch.Tensor, kept: torch.Tensor) -> None:
+    if _exchangeable(live, kept):
+        kernels.exchange([live], [kept])
+    else:
+        # The model was cast or moved while it held the average.
+        average = live.to(kept, copy=True)
+        live.copy_(kept)
+        kept.copy_(average)
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

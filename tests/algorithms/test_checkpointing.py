@@ -7,7 +7,7 @@ import pytest
 import torch
 from composer import Callback, Event
 from composer.algorithms import EMA as ComposerEMA
-from composer.callbacks import LRMonitor
+from composer.callbacks import CheckpointSaver, LRMonitor, SystemMetricsMonitor
 from composer.models import ComposerClassifier
 from composer.utils import create_interval_scheduler
 
@@ -79,15 +79,67 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, model):
         resumed, rest = run(*settings(), model=model(), load_path=path, eval_interval='5ba')
         assert_equal(resumed, whole, checkpoint)
         assert rest == {step: loss for step, loss in losses.items() if step in rest} and len(rest) < len(losses)
-    # Without the average a resumed run must differ, or this test could not fail.
-    stale = BEMA('4ba', '7ba')
-    trainer = make_trainer(
-        stale, model=model(), load_path=f'{folder}/ep0-ba11-rank0.pt', load_ignore_keys=['state/algorithms/*']
-    )
+
+
+def test_a_run_that_is_resumed_without_its_state_differs(tmp_path):
+    """The control of the test above: equality there is not for want of a difference."""
+    whole, _ = run(BEMA('4ba', '7ba', save_weights='training'), save_folder=str(tmp_path), save_interval='11ba')
     with pytest.warns(UserWarning, match='BEMA starts anew from the weights of step 11'):
-        trainer.fit()
+        path, ignored = str(tmp_path / 'ep0-ba11-rank0.pt'), ['state/algorithms*']
+        resumed, _ = run(BEMA('4ba', '7ba', save_weights='training'), load_path=path, load_ignore_keys=ignored)
+    assert_equal(resumed['model'], whole['model'])
+    assert resumed['algorithms'][0]['average']['num_updates'] == whole['algorithms'][0]['average']['num_updates'] - 1
+
+
+@pytest.mark.parametrize(
+    ('algorithms', 'kwargs'),
+    [
+        (lambda: [EMA('2ba', eval_labels=[])], {}),
+        (lambda: [EMA('2ba')], {}),
+        (lambda: [BEMA('4ba')], {'load_ignore_keys': ['state/algorithms*']}),
+    ],
+)
+def test_nobody_trains_on_from_an_average_unawares(tmp_path, algorithms, kwargs):
+    saving = [BEMA('4ba', eval_labels=[], save_weights='average'), EMA('2ba', eval_labels=[])]
+    run(*saving, save_folder=str(tmp_path), max_duration='8ba')
+    with pytest.raises(ValueError, match='model in the checkpoint holds the BEMA weights, .* load_weights_only=True'):
+        make_trainer(*algorithms(), load_path=str(tmp_path / 'ep0-ba8-rank0.pt'), **kwargs)
+
+
+def test_a_save_interval_with_a_memory_is_asked_once(tmp_path):
+    asked = []
+
+    def every_fifth_question(state, event):
+        asked.append(event)
+        return len(asked) % 5 == 0
+
+    bema = BEMA('2ba')
+    run(bema, save_folder=str(tmp_path), save_interval=every_fifth_question, max_duration='12ba', eval_dataloader=None)
+    assert len(asked) == 12 + 1
+    assert sorted(path.name for path in tmp_path.glob('ep*')) == ['ep0-ba10-rank0.pt', 'ep0-ba5-rank0.pt']
+    saved = torch.load(tmp_path / 'ep0-ba5-rank0.pt', weights_only=False)['state']
+    assert dict(saved['algorithms'])['BEMA']['average']['model_holds'] == 'average'
+
+
+def test_a_saver_that_decides_for_itself_finds_the_average():
+    """A subclass of CheckpointSaver with a condition of its own, and a saver added to a trainer that stands already."""
+
+    class SaveBest(CheckpointSaver):
+        def batch_checkpoint(self, state, logger):
+            found.append(weights_of(state.model))
+
+    class Late(Callback):
+        def batch_checkpoint(self, state, logger):
+            found.append(weights_of(state.model))
+
+    found = []
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, max_duration='1ba', callbacks=[SaveBest(save_interval='100ba')])
+    trainer.state.callbacks.append(Late())
+    trainer.fit()
+    averaged = bema.averaged_state_dict()
+    assert len(found) == 2 and all(same(weights, {n: averaged[n] for n in weights}) for weights in found)
     trainer.close()
-    assert not same(weights_of(trainer.state.model), whole['model'])
 
 
 def test_a_checkpoint_holds_the_average_and_the_training_weights(tmp_path):
@@ -165,9 +217,9 @@ def test_nothing_is_swapped_where_nobody_saves(tmp_path):
     bema = BEMA('2ba')
     swaps = []
     swap_in = bema._swap_in
-    bema._swap_in = lambda state: (swaps.append(state.timestamp.batch.value), swap_in(state))
-    # A callback without a hook for checkpoints does not count, one that asks for every event does.
-    trainer = make_trainer(bema, save_folder=str(tmp_path), save_interval='10ba', callbacks=[LRMonitor()])
+    bema._swap_in = lambda state, purpose: (swaps.append(state.timestamp.batch.value), swap_in(state, purpose))
+    callbacks = [LRMonitor(), SystemMetricsMonitor()]
+    trainer = make_trainer(bema, save_folder=str(tmp_path), save_interval='10ba', callbacks=callbacks)
     trainer.fit()
     trainer.close()
     assert swaps == [10, 20, 24]
@@ -205,7 +257,7 @@ def test_without_its_state_a_checkpoint_of_the_average_cannot_be_resumed(tmp_pat
         path = tmp_path / save_weights / 'ep0-ba6-rank0.pt'
         sizes[save_weights] = torch.load(path, weights_only=False)['state']['algorithms'][0][1]['average']
     assert sizes == {'average': {'model_holds': 'average'}, 'training': {'model_holds': 'training'}}
-    with pytest.raises(ValueError, match='holds the BEMA weights only, .* load_weights_only=True'):
+    with pytest.raises(ValueError, match='model in the checkpoint holds the BEMA weights, .* load_weights_only=True'):
         make_trainer(BEMA('4ba'), load_path=str(tmp_path / 'average' / 'ep0-ba6-rank0.pt'))
     trainer = make_trainer(BEMA('4ba'), load_path=str(tmp_path / 'training' / 'ep0-ba6-rank0.pt'))
     with pytest.warns(UserWarning, match='starts anew from the weights of step 6'):
@@ -225,6 +277,8 @@ def test_new_settings_win_over_the_saved_ones(tmp_path):
     trainer.fit()
     trainer.close()
     assert bema.average.num_updates == 2 + 16
+    with pytest.warns(UserWarning, match=r"update_after='20ba' \(saved: '0ba'\); averaging has begun, .* no effect"):
+        make_trainer(BEMA('4ba', '20ba'), load_path=path)
     with (
         pytest.warns(UserWarning, match='bias_power=0.2'),
         pytest.raises(ValueError, match="no buffer 'theta_0', which these settings need"),
@@ -237,7 +291,7 @@ def test_a_checkpoint_without_averaging_state_starts_anew(tmp_path):
     run(save_folder=str(tmp_path), max_duration='6ba')
     bema = BEMA('4ba')
     trainer = make_trainer(bema, load_path=str(tmp_path / 'ep0-ba6-rank0.pt'))
-    with pytest.warns(UserWarning, match='BEMA starts anew from the weights of step 6: the checkpoint holds no BEMA'):
+    with pytest.warns(UserWarning, match='BEMA starts anew from the weights of step 6: no average'):
         trainer.fit()
     trainer.close()
     assert bema.average.num_updates == (24 - 6) // 4

@@ -89,6 +89,7 @@ def update_steps(algorithm, **kwargs):
         ({'update_freq': '0.3333dur', 'update_after': '0.25dur'}, {'max_duration': '12ba'}, [7, 11]),
         ({'update_freq': '0.25dur', 'update_after': '0.125dur'}, {'max_duration': '2ep'}, [9, 15, 21]),
         ({'update_freq': '1iter'}, {'iteration_length': '1ep'}, [12, 24]),
+        ({'update_freq': '1ep', 'update_after': '5ba'}, {'max_duration': '1ep'}, [12]),
         ({'update_freq': '10ba', 'update_after': '30ba'}, {'max_duration': '3ep'}, []),
     ],
 )
@@ -274,11 +275,113 @@ def test_averaged_and_training_model():
         bema.get_bema_model(live)
     assert same(weights_of(bema.get_training_model(make_classifier())), training)
     assert same(weights_of(bema.get_training_model(live)), training)
+    assert same(weights_of(bema.get_training_model(make_classifier())), training)
+    # A part of the model is the model; one that merely shares a frozen tensor is not.
+    assert bema.get_bema_model(live.module) is live.module
+    assert same(weights_of(live), {n: averaged[n] for n in training})
+    bema.get_training_model(live)
+    other = make_classifier()
+    other.module[0].weight = live.module[0].weight
+    assert same(weights_of(bema.get_bema_model(other)), {n: averaged[n] for n in training})
+    assert same(weights_of(live), training)
     # The next step trains on the training weights, even if the average was left in.
     bema.get_bema_model(live)
     trainer.fit(duration='1ba')
     assert not bema.average.swapped
     trainer.close()
+
+
+def test_two_averages_know_of_each_other():
+    bema, ema = BEMA('1ba', eval_labels=[]), EMA('1ba', eval_labels=[])
+    trainer = make_trainer(bema, ema, max_duration='3ba')
+    trainer.fit()
+    live, training = trainer.state.model, weights_of(trainer.state.model)
+    averaged = bema.averaged_state_dict()
+    bema.get_bema_model(live)
+    ema.get_ema_model(live)
+    assert not bema.average.swapped and ema.average.swapped
+    assert all(torch.equal(bema.averaged_state_dict()[n], averaged[n]) for n in averaged)
+    assert same(weights_of(bema.get_training_model(live)), training)
+    trainer.close()
+
+
+def test_the_average_that_a_user_asked_for_outlives_the_trainer():
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, max_duration='3ba')
+    trainer.fit()
+    averaged = bema.averaged_state_dict()
+    model = bema.get_bema_model(trainer.state.model)
+    trainer.close()
+    assert torch.equal(model.state_dict()['module.7.bias'], averaged['module.7.bias'])
+
+
+def test_a_new_trainer_after_a_failed_evaluation_starts_from_training_weights():
+    model = make_classifier()
+    left = Record(lambda state: weights_of(state.model), Event.BATCH_END)
+    bema = BEMA('1ba')
+    evaluator = {'eval_dataloader': make_evaluator('eval'), 'eval_interval': '2ba'}
+    trainer = make_trainer(bema, model=model, callbacks=[left, FailIn(Event.EVAL_BATCH_END)], **evaluator)
+    with pytest.raises(OSError):
+        trainer.fit()
+    make_trainer(bema, model=model)
+    assert same(weights_of(model), left.seen[2])
+
+
+def test_an_average_asked_for_after_a_failed_evaluation_stays():
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, max_duration='2ba', callbacks=[FailIn(Event.EVAL_BATCH_END)])
+    trainer.fit()
+    averaged = bema.averaged_state_dict()
+    with pytest.raises(OSError):
+        trainer.eval(make_evaluator('eval'))
+    exported = bema.get_bema_model(trainer.state.model).state_dict()
+    assert torch.equal(exported['module.7.bias'], averaged['module.7.bias'])
+    trainer.close()
+
+
+def test_clocks_that_are_set_back_never_give_a_negative_rate():
+    from composer.loggers import InMemoryLogger
+
+    logger = InMemoryLogger()
+    trainer = make_trainer(EMA('10ba', update_freq='5ba', update_after='2ba'), max_duration='14ba', loggers=[logger])
+    trainer.fit()
+    trainer.fit(duration='10ba', reset_time=True)
+    trainer.close()
+    series = [(timestamp.batch.value, value) for timestamp, value in logger.data['ema/beta']]
+    assert series == [(step, pytest.approx(1 - 0.5**0.5)) for step in (7, 12, 5, 10)]
+
+
+@pytest.mark.parametrize('half_life', ['0.5dur', '1ep'])
+def test_a_run_that_grows_keeps_its_rates_positive(half_life):
+    from composer.loggers import InMemoryLogger
+
+    logger = InMemoryLogger()
+    trainer = make_trainer(EMA(half_life, update_freq='4ba'), max_duration='8ba', loggers=[logger])
+    trainer.fit()
+    trainer.fit(train_dataloader=make_loader(192), duration='8ba')
+    trainer.close()
+    lengths = {'0.5dur': (4, 8), '1ep': (12, 24)}[half_life]
+    expected = [1 - 0.5 ** (4 / length) for length in (lengths[0],) * 2 + (lengths[1],) * 2]
+    assert [value for _, value in logger.data['ema/beta']] == pytest.approx(expected)
+
+
+def test_averaging_beside_composers_other_algorithms():
+    from composer.algorithms import GradientClipping, LabelSmoothing
+
+    others = [GradientClipping('norm', 1.0), LabelSmoothing(0.1)]
+    bema = BEMA('3ba')
+    trainer = make_trainer(
+        *others, bema, max_duration='9ba', callbacks=[TrainingWeights()], device_train_microbatch_size=2
+    )
+    trainer.fit(eval_dataloader=make_evaluator('eval'), eval_interval='2ba')
+    trainer.close()
+    assert bema.average.num_updates == 3
+
+
+def test_an_algorithm_can_be_pickled():
+    import pickle
+
+    assert repr(pickle.loads(pickle.dumps(BEMA('3ba', lag=5)))) == repr(BEMA('3ba', lag=5))
 
 
 def test_averaged_state_dict_loads_into_a_fresh_model():
