@@ -18,7 +18,7 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart test lint format hooks clean
+.PHONY: help install quickstart study test lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -28,6 +28,9 @@ install: $(INSTALLED)  ## Make .venv with the package (editable) and what its te
 
 quickstart: $(INSTALLED)  ## Train a tiny model with BEMA on the CPU
 	$(VENV)/bin/composer-bema train yamls/quickstart.yaml run_name=quickstart save_overwrite=true
+
+study: $(INSTALLED)  ## Tune the quickstart's averages again, over seeds: the tables of docs/quickstart.md, in five minutes
+	$(VENV)/bin/python benchmarks/quickstart_study.py
 
 test: $(INSTALLED)  ## Run the tests; those that need a GPU are skipped where there is none
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

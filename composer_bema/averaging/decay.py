@@ -84,7 +84,7 @@ class PowerDecay:
         require_number('floor', self.floor, at_most=1)
 
     def __call__(self, step: int, elapsed: float = 1.0) -> float:
-        base = self.lag + self.multiplier * max(step - self.origin, self.min_age)
+        base = float(self.lag + self.multiplier * max(step - self.origin, self.min_age))
         # Below 1 the power would exceed 1 (or divide by zero), and alpha and beta never do.
         return max(base**-self.power, self.floor) if base > 1 else 1.0
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -14,8 +16,10 @@ __all__ = [
     'copy_weights',
     'first_names',
     'local_tensor',
+    'matching_tensors',
     'named_parameters',
     'named_persistent_buffers',
+    'named_tensors',
 ]
 
 # Path components that FSDP1, torch.compile and activation checkpointing put into names.
@@ -55,6 +59,33 @@ def named_persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return _by_canonical_name(model, {name: b for name, b in model.named_buffers() if name not in caches})
 
 
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the parameters and persistent module buffers of a model by canonical name."""
+    return {**named_parameters(model), **named_persistent_buffers(model)}
+
+
+def matching_tensors(
+    wanted: Mapping[str, torch.Tensor],
+    named: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Returns the local tensors in ``named`` of the names and shapes in ``wanted``.
+
+    Raises:
+        ValueError: If a name is missing or a shape differs.
+    """
+    found = {}
+    for n, tensor in wanted.items():
+        if n not in named:
+            raise ValueError(f"The average has a tensor '{n}' that the model lacks.")
+        found[n] = local_tensor(named[n])
+        if found[n].shape != tensor.shape:
+            raise ValueError(
+                f"The average of '{n}' has the shape {tuple(tensor.shape)}, but the model's has "
+                f'{tuple(found[n].shape)}.',
+            )
+    return found
+
+
 def first_names(model: torch.nn.Module) -> dict[str, str]:
     """Maps every canonical name of a parameter or module buffer, tied or not, to the one that it is averaged under."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -68,12 +99,13 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """Overwrites the parameters and persistent module buffers of ``target`` with those of ``source``.
 
     Raises:
-        ValueError: If ``target`` lacks one of them.
+        ValueError: If ``target`` lacks one of them or has it in another shape. Nothing is changed then.
     """
-    targets = {**named_parameters(target), **named_persistent_buffers(target)}
-    for name, tensor in {**named_parameters(source), **named_persistent_buffers(source)}.items():
-        if name not in targets:
-            raise ValueError(f"The model to copy weights to has no tensor '{name}'.")
+    sources, targets = named_tensors(source), named_tensors(target)
+    for name, tensor in sources.items():
+        if name not in targets or targets[name].shape != tensor.shape:
+            raise ValueError(f"The model to copy weights to has no tensor '{name}' of the shape {tuple(tensor.shape)}.")
+    for name, tensor in sources.items():
         local_tensor(targets[name]).copy_(local_tensor(tensor))
 
 

@@ -18,10 +18,13 @@ from composer_bema.averaging.parameters import (
     canonical_names,
     first_names,
     local_tensor,
+    matching_tensors,
     named_parameters,
     named_persistent_buffers,
+    named_tensors,
 )
 from composer_bema.averaging.rules import Latest, Rule
+from composer_bema.averaging.swapping import Swap
 
 __all__ = ['BUFFERS', 'MODEL_HOLDS', 'TRAINING_WEIGHTS', 'AverageState', 'NonFinite']
 
@@ -43,15 +46,6 @@ class _Group:
     @property
     def average(self) -> dict[str, torch.Tensor]:
         return self.buffers[self.rule.average]
-
-
-@dataclass
-class _Swap:
-    """Where the average went: tensors that traded values with it, and copies of those that could not."""
-
-    model: torch.nn.Module
-    stash: dict[str, torch.Tensor]
-    exchanged: list[str] = field(default_factory=list)
 
 
 class AverageState:
@@ -94,7 +88,7 @@ class AverageState:
         self.num_updates = 0
         self.num_skipped = 0
         self._groups: list[_Group] = []
-        self._swap: Optional[_Swap] = None
+        self._swap: Optional[Swap] = None
 
     @property
     def started(self) -> bool:
@@ -136,7 +130,7 @@ class AverageState:
         """
         self._require_start()
         self._require_training_weights('update')
-        theta = self._tensors_to_average(_named_tensors(model))
+        theta = self._tensors_to_average(named_tensors(model))
         if self.nonfinite != 'ignore' and not self._all_finite(theta, step):
             self.num_skipped += 1
             return None
@@ -149,7 +143,7 @@ class AverageState:
 
     def average(self) -> dict[str, torch.Tensor]:
         """Returns the averaged tensors by canonical name: the state's own memory, or the model's while swapped."""
-        return {**self._kept_average(), **({} if self._swap is None else self._exchanged())}
+        return self._kept_average() if self._swap is None else self._swap.average()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Returns a copy of the state dict of ``model`` with the average in it, by canonical name, in its dtypes."""
@@ -179,46 +173,24 @@ class AverageState:
         """Overwrites the averaged tensors of ``model`` with the training weights that rest here while swapped."""
         if self._swap is None:
             raise RuntimeError('The training weights are in the model that is being trained, not here.')
-        self._copy(self._resting(), model)
+        self._copy(self._swap.training_weights(), model)
 
-    @torch.no_grad()
     def swap_in(self, model: torch.nn.Module) -> None:
-        """Puts the average into ``model``, to be taken out again by :meth:`swap_out`.
-
-        Values are exchanged bit for bit where dtype and device agree. Elsewhere the training weights rest in a copy of
-        their own dtype, since a trip of the average through bf16 weights would round it.
-        """
+        """Puts the average into ``model``, to be taken out again by :meth:`swap_out`."""
         self._require_start()
         self._require_training_weights('swap_in')
-        average = self.average()
-        live = _matching(average, _named_tensors(model))
-        copied = [n for n, tensor in live.items() if not _exchangeable(tensor, average[n])]
-        # All that can fail for want of memory comes before the first weight is touched.
-        self._swap = _Swap(model, stash={n: live[n].clone() for n in copied})
-        for n in copied:
-            live[n].copy_(average[n])
-        for n in (n for n in live if n not in self._swap.stash):
-            _exchange(live[n], average[n])
-            self._swap.exchanged.append(n)
+        self._swap = Swap(model, self._kept_average())
+        try:
+            self._swap.put_in()
+        except BaseException:
+            self.swap_out()
+            raise
 
-    @torch.no_grad()
     def swap_out(self) -> None:
         """Puts the training weights back, bit for bit. Does nothing if they are in the model already."""
-        if self._swap is None:
-            return
-        resting = self._resting()
-        # Looked up anew: the model may have been moved, cast or loaded into meanwhile.
-        live = _matching(resting, _named_tensors(self._swap.model))
-        # What is back is struck off at once, so that an interrupted swap can be finished.
-        for n, stashed in list(self._swap.stash.items()):
-            live[n].copy_(stashed)
-            del self._swap.stash[n]
-        # In reverse, in case that two names share memory without being tied.
-        while self._swap.exchanged:
-            n = self._swap.exchanged[-1]
-            _exchange(live[n], resting[n])
-            self._swap.exchanged.pop()
-        self._swap = None
+        if self._swap is not None:
+            self._swap.take_out()
+            self._swap = None
 
     @contextlib.contextmanager
     def applied_to(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -242,7 +214,7 @@ class AverageState:
         self._require_start()
         self._require_training_weights('distance')
         average = self._groups[0].average
-        live = _matching(average, _named_tensors(model))
+        live = matching_tensors(average, named_tensors(model))
         return kernels.distance(list(live.values()), [average[n] for n in live])
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,8 +235,8 @@ class AverageState:
             MODEL_HOLDS: 'average' if self.swapped else 'training',
             BUFFERS: buffers,
         }
-        if self.swapped:
-            state[TRAINING_WEIGHTS] = self._resting()
+        if self._swap is not None:
+            state[TRAINING_WEIGHTS] = self._swap.training_weights()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], model: torch.nn.Module) -> None:
@@ -308,7 +280,7 @@ class AverageState:
     def _tensors_to_average(self, named: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Returns, a group each, the tensors to update from. A parameter that froze keeps its average."""
         _require_no_newcomers(named, self._groups[0].average)
-        parameters, *others = (_matching(group.average, named) for group in self._groups)
+        parameters, *others = (matching_tensors(group.average, named) for group in self._groups)
         return [{n: t for n, t in parameters.items() if named[n].requires_grad}, *others]
 
     def _all_finite(self, theta: list[dict[str, torch.Tensor]], step: int) -> bool:
@@ -329,29 +301,17 @@ class AverageState:
             )
         return False
 
-    def _exchanged(self) -> dict[str, torch.Tensor]:
-        """Returns the live tensors that traded values with the average, so that they hold it and it holds theirs."""
-        assert self._swap is not None
-        kept = self._kept_average()
-        return _matching({n: kept[n] for n in self._swap.exchanged}, _named_tensors(self._swap.model))
-
-    def _resting(self) -> dict[str, torch.Tensor]:
-        """Returns the training weights while swapped."""
-        assert self._swap is not None
-        kept = self._kept_average()
-        return {**self._swap.stash, **{n: kept[n] for n in self._swap.exchanged}}
-
     def _kept_average(self) -> dict[str, torch.Tensor]:
         return {n: tensor for group in self._groups for n, tensor in group.average.items()}
 
     def _copy(self, source: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
-        for n, tensor in _matching(source, _named_tensors(model)).items():
+        for n, tensor in matching_tensors(source, named_tensors(model)).items():
             tensor.copy_(source[n])
 
     def _loaded_groups(self, saved: Mapping[str, Mapping[str, torch.Tensor]], model: torch.nn.Module) -> list[_Group]:
-        named = _named_tensors(model)
+        named = named_tensors(model)
         for tensors in saved.values():
-            _matching(tensors, named)
+            matching_tensors(tensors, named)
         lacking = [name for name in self.rule.buffers if name not in saved]
         if lacking:
             raise ValueError(
@@ -363,7 +323,7 @@ class AverageState:
         anywhere = {n: tensor for tensors in saved.values() for n, tensor in tensors.items()}
         module_buffers = {n for _, tensors in others for n in tensors}
         # The saved parameters rather than the trainable ones: some may have frozen since.
-        parameters = [n for n in saved[rule.average] if n not in module_buffers]
+        parameters = {n: tensor for n, tensor in saved[rule.average].items() if n not in module_buffers}
         for n, tensor in named.items():
             if tensor.requires_grad and n not in parameters:
                 raise ValueError(f"The saved average has no tensor '{n}', which the model trains.")
@@ -413,26 +373,6 @@ def _parse_device(device: Union[torch.device, str]) -> torch.device:
         raise ValueError(f"device must be None or the name of a device such as 'cpu', but is {device!r}.") from error
 
 
-def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the parameters and persistent module buffers of a model by canonical name."""
-    return {**named_parameters(model), **named_persistent_buffers(model)}
-
-
-def _matching(wanted: Mapping[str, torch.Tensor], named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the local tensors in ``named`` of the names and shapes in ``wanted``."""
-    found = {}
-    for n, tensor in wanted.items():
-        if n not in named:
-            raise ValueError(f"The average has a tensor '{n}' that the model lacks.")
-        found[n] = local_tensor(named[n])
-        if found[n].shape != tensor.shape:
-            raise ValueError(
-                f"The average of '{n}' has the shape {tuple(tensor.shape)}, but the model's has "
-                f'{tuple(found[n].shape)}.',
-            )
-    return found
-
-
 def _require_no_newcomers(named: Mapping[str, torch.Tensor], averaged: Collection[str]) -> None:
     for n, tensor in named.items():
         if tensor.requires_grad and n not in averaged:
@@ -456,20 +396,6 @@ def _lossless_dtype(tensor: torch.Tensor) -> torch.dtype:
     if not tensor.is_floating_point() or tensor.element_size() <= 2:
         return tensor.dtype
     return torch.bfloat16 if kernels.is_exact_in(tensor, torch.bfloat16) else _buffer_dtype(tensor)
-
-
-def _exchangeable(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device
-
-
-def _exchange(live: torch.Tensor, kept: torch.Tensor) -> None:
-    if _exchangeable(live, kept):
-        kernels.exchange([live], [kept])
-    else:
-        # The model was cast or moved while it held the average.
-        average = live.to(kept, copy=True)
-        live.copy_(kept)
-        kept.copy_(average)
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

@@ -1,0 +1,90 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""An average in a model for a while: how it gets there, and how the training weights come back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from composer_bema.averaging import kernels
+from composer_bema.averaging.parameters import matching_tensors, named_tensors
+
+__all__ = ['Swap']
+
+
+class Swap:
+    """One trade of a model's weights for an average.
+
+    Values are exchanged bit for bit where dtype and device agree. Elsewhere the training weights rest in a copy of
+    their own dtype, since a trip of the average through bf16 weights would round it. What is done is noted tensor by
+    tensor, so that an interrupted trade can be undone.
+
+    Args:
+        model (torch.nn.Module): The model, holding its training weights.
+        average (Mapping[str, torch.Tensor]): The average by canonical name. Where values are exchanged, its memory
+            holds the training weights meanwhile.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: torch.nn.Module, average: Mapping[str, torch.Tensor]) -> None:
+        self._model = model
+        self._average = average
+        self._exchanged: list[str] = []
+        # All that can fail for want of memory comes before the first weight is touched.
+        self._stash = {
+            n: tensor.clone() for n, tensor in self._live(average).items() if not _exchangeable(tensor, average[n])
+        }
+
+    @torch.no_grad()
+    def put_in(self) -> None:
+        """Puts the average into the model."""
+        live = self._live(self._average)
+        for n in self._stash:
+            live[n].copy_(self._average[n])
+        for n in live:
+            if n not in self._stash:
+                _exchange(live[n], self._average[n])
+                self._exchanged.append(n)
+
+    @torch.no_grad()
+    def take_out(self) -> None:
+        """Puts the training weights back, wherever the model keeps its tensors by now."""
+        resting = self.training_weights()
+        live = self._live(resting)
+        for n, stashed in list(self._stash.items()):
+            live[n].copy_(stashed)
+            del self._stash[n]
+        # In reverse, in case that two names share memory without being tied.
+        while self._exchanged:
+            n = self._exchanged[-1]
+            _exchange(live[n], resting[n])
+            self._exchanged.pop()
+
+    def training_weights(self) -> dict[str, torch.Tensor]:
+        """Returns the training weights, where they rest."""
+        return {**self._stash, **{n: self._average[n] for n in self._exchanged}}
+
+    def average(self) -> dict[str, torch.Tensor]:
+        """Returns the average: the model's memory where values were exchanged."""
+        return {**self._average, **self._live({n: self._average[n] for n in self._exchanged})}
+
+    def _live(self, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Looked up each time: the model may have been moved, cast or loaded into meanwhile.
+        return matching_tensors(wanted, named_tensors(self._model))
+
+
+def _exchangeable(live: torch.Tensor, kept: torch.Tensor) -> bool:
+    return live.dtype == kept.dtype and live.device == kept.device
+
+
+def _exchange(live: torch.Tensor, kept: torch.Tensor) -> None:
+    if _exchangeable(live, kept):
+        kernels.exchange([live], [kept])
+    else:
+        # The model was cast or moved while it held the average.
+        average = live.to(kept, copy=True)
+        live.copy_(kept)
+        kept.copy_(average)
