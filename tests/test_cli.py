@@ -40,7 +40,7 @@ def test_dry_run_leaves_nothing(tmp_path, yaml):
         (['max_durations=1ep'], "max_durations is not a setting; the nearest one is 'max_duration'."),
         (['optimizer.lrr=1'], "optimizer.lrr is not a setting; the nearest one is 'optimizer.lr'."),
         (['--dry-run', 'optimizer.lrr=1'], "optimizer.lrr is not a setting; the nearest one is 'optimizer.lr'."),
-        (['train_loader.dataset.part=x'], "train_loader.dataset: part must be 'train', 'held_out' or 'all', not 'x'."),
+        (['train_loader.dataset.part=x'], "train_loader.dataset.part must be one of train, held_out, all, not 'x'."),
         (['load_path=/no/where.pt'], '/no/where.pt'),
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any, Literal, Optional, Union
 import torch
 from composer import Algorithm, Event, Logger, State, Time, TimeUnit
 from composer.algorithms import EMA as ComposerEMA
+from composer.utils import dist
 
 from composer_bema.algorithms import times
 from composer_bema.algorithms.checkpointing import (
@@ -339,6 +340,12 @@ class WeightAveraging(Algorithm):
             self._origin = self._last_update = now
 
     def _check_against_run(self, state: State) -> None:
+        if state.fsdp_enabled and dist.get_world_size() > 1 and self.state_in_checkpoint:
+            # Composer stores what rank 0 has of an algorithm, and the other ranks' shards would be lost.
+            raise ValueError(
+                f'{self._name} cannot keep its state in the checkpoints of a sharded model: set '
+                'state_in_checkpoint=False, and save_weights="training" if the run is to be resumed.',
+            )
         for name, time in self._times().items():
             times.check_unit(name, time, state)
         if self.half_life is not None and self.half_life.unit == TimeUnit.EPOCH and state.dataloader_len is None:

@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from composer.core import Time
+from composer.core import Precision, Time
 from composer.utils import FSDPConfig, dist
+from torch.distributed.fsdp import ShardingStrategy
 
+from composer_bema.algorithms.weight_averaging import WeightAveraging, check_algorithms
 from composer_bema.training.config import ConfigError, TrainConfig, reject_unknown, suggest
 from composer_bema.training.data.sections import check_loader, eval_sections
 from composer_bema.training.registry import build, check_arguments, find_builder, split_name
@@ -18,6 +20,7 @@ from composer_bema.training.tokenizers import check_tokenizer
 __all__ = ['build_named', 'check_config', 'device_batch_size']
 
 TIMES = ('max_duration', 'eval_interval', 'save_interval', 'console_log_interval')
+LOG_LEVELS = ['CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG']
 
 
 def check_config(config: TrainConfig) -> None:
@@ -28,7 +31,7 @@ def check_config(config: TrainConfig) -> None:
     """
     for key in TIMES:
         _check_time(getattr(config, key), key)
-    device_batch_size(config)
+    _check_sizes(config)
     check_tokenizer(config.tokenizer)
     for kind, supplied in (('model', 'tokenizer'), ('optimizer', 'params'), ('scheduler', '')):
         name, arguments = split_name(getattr(config, kind), kind)
@@ -40,11 +43,21 @@ def check_config(config: TrainConfig) -> None:
         for name, arguments in (getattr(config, kind) or {}).items():
             check_arguments(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
     # Algorithms check their values themselves, and building one changes nothing.
-    build_named('algorithms', config.algorithms)
+    algorithms = build_named('algorithms', config.algorithms)
+    for average in algorithms:
+        if isinstance(average, WeightAveraging):
+            try:
+                check_algorithms(average, algorithms)
+            except ValueError as error:
+                raise ConfigError(f'algorithms: {error}') from error
     _check_eval_labels(config)
+    _check_choice(config.precision, [precision.value for precision in Precision], 'precision')
+    _check_choice((config.python_log_level or 'info').upper(), LOG_LEVELS, 'python_log_level')
     if config.fsdp_config:
         known = [field.name for field in dataclasses.fields(FSDPConfig) if field.init]
         reject_unknown(config.fsdp_config, known, 'fsdp_config')
+        strategy = config.fsdp_config.get('sharding_strategy')
+        _check_choice(strategy, list(ShardingStrategy.__members__), 'fsdp_config.sharding_strategy')
     if config.autoresume and config.save_folder is None:
         raise ConfigError('autoresume needs save_folder, where it looks for the last checkpoint.')
 
@@ -59,6 +72,20 @@ def device_batch_size(config: TrainConfig) -> int:
             f'not {config.global_train_batch_size}.',
         )
     return share
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    device_batch_size(config)
+    for key, also in (('device_train_microbatch_size', 'auto'), ('device_eval_batch_size', None)):
+        size = getattr(config, key)
+        if size not in (None, also) and not (isinstance(size, int) and size > 0):
+            choice = f" or '{also}'" if also else ''
+            raise ConfigError(f'{key} must be a positive number of sequences{choice}, not {size!r}.')
+    batches = config.eval_subset_num_batches
+    if batches < 1 and batches != -1:
+        raise ConfigError(f'eval_subset_num_batches must be a positive number of batches or -1 (all), not {batches}.')
+    if Time.from_input(config.max_duration, 'ep').value <= 0:
+        raise ConfigError(f"max_duration must be positive, not '{config.max_duration}'.")
 
 
 def build_named(kind: str, sections: Mapping[str, Any] | None) -> list[Any]:
@@ -76,6 +103,11 @@ def _check_time(value: Any, path: str) -> None:
         raise ConfigError(
             f"{path}: '{value}' is not a Composer time such as '100ba', '1ep' or '1000000tok'."
         ) from error
+
+
+def _check_choice(value: str | None, known: list[str], path: str) -> None:
+    if value is not None and value not in known:
+        raise ConfigError(f"{path}: '{value}' is not one of {', '.join(known)}.")
 
 
 def _check_eval_labels(config: TrainConfig) -> None:

@@ -144,12 +144,15 @@ def _check_top_level(settings: dict[str, Any]) -> TrainConfig:
         is_required = field.default is dataclasses.MISSING
         if is_required and settings.get(name) is None:
             raise ConfigError(f'{name} is missing from the settings.')
-    try:
+    merged = OmegaConf.structured(TrainConfig)
+    for name, value in settings.items():
         # A key left empty in the YAML means its default, as if it were not there.
-        given = {name: value for name, value in settings.items() if value is not None}
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), given))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f'{error.full_key}: {_first_line(error)}.') from error
+        if value is not None:
+            try:
+                merged = OmegaConf.merge(merged, {name: value})
+            except (OmegaConfBaseException, TypeError) as error:
+                raise ConfigError(f'{name}: {_first_line(error)}.') from error
+    config = OmegaConf.to_object(merged)
     assert isinstance(config, TrainConfig)
     return config
 

@@ -63,6 +63,7 @@ def build_hf_causal_lm(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
+    _check_vocabulary(model, tokenizer)
     # Composer asks these which modules to shard, and to checkpoint, as units.
     for attribute in ('fsdp_wrap_fn', 'activation_checkpointing_fn'):
         setattr(model, attribute, functools.partial(_is_block, block_names=_block_names(model)))
@@ -120,6 +121,17 @@ def _make(config: PretrainedConfig, weights: Optional[str], **kwargs: Any) -> Pr
         return AutoModelForCausalLM.from_pretrained(weights, config=config, torch_dtype=torch.float32, **kwargs)
     except OSError as error:
         raise _not_found(weights) from error
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    size = len(embeddings)
+    if len(tokenizer) > size:
+        raise ConfigError(
+            f'model: the tokenizer has {len(tokenizer)} tokens, but the vocabulary of the model only {size}; choose '
+            "the model's own tokenizer, or a larger vocab_size for fresh weights.",
+        )
 
 
 def _not_found(name: str) -> ConfigError:

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from composer_bema.plots import plot_curves
 from composer_bema.training.config import ConfigError, TrainConfig
 
-__all__ = ['METRICS_FILE', 'MetricsFile', 'loss_curves', 'prepare_run_folder', 'read_metrics', 'report']
+__all__ = ['METRICS_FILE', 'MetricsFile', 'check_run_folder', 'loss_curves', 'read_metrics', 'report', 'write_settings']
 
 CONFIG_FILE = 'config.yaml'
 METRICS_FILE = 'metrics.jsonl'
@@ -57,6 +57,9 @@ class MetricsFile(LoggerDestination):
         if self.file is None:
             # Opened late: only now is it known whether a checkpoint has been loaded.
             is_new = self.state.timestamp.batch == 0
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not is_new:
+                _drop_unfinished_line(self.path)
             self.file = self.path.open('w' if is_new else 'a', buffering=1, encoding='utf-8')
         timestamp = self.state.timestamp
         time = {unit: timestamp.get(unit).value for unit in ('batch', 'epoch', 'token')}
@@ -69,6 +72,14 @@ class MetricsFile(LoggerDestination):
             self.file = None
 
 
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed run was writing, or the next line would become part of it."""
+    if path.exists():
+        text = path.read_bytes()
+        with path.open('r+b') as file:
+            file.truncate(text.rfind(b'\n') + 1)
+
+
 def _as_json(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
@@ -79,8 +90,8 @@ def _as_json(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
 
 
-def prepare_run_folder(config: TrainConfig) -> Path:
-    """Make the run's folder and write the settings there (rank 0); refuse to mix with another run.
+def check_run_folder(config: TrainConfig) -> Path:
+    """The run's folder, which is not made yet; refuse to mix with another run.
 
     Raises:
         ConfigError: The folder holds a run, and the settings say neither to replace it nor to go on with it.
@@ -93,10 +104,14 @@ def prepare_run_folder(config: TrainConfig) -> Path:
             'autoresume=true to go on with it.',
         )
     dist.barrier()  # no rank may look after rank 0 has begun to write
+    return folder
+
+
+def write_settings(config: TrainConfig, folder: Path) -> None:
+    """Make the run's folder and write the settings there (rank 0), when all that they name has been built."""
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / CONFIG_FILE)
-    return folder
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

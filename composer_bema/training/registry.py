@@ -15,6 +15,7 @@ from typing import Any
 from torch.optim.optimizer import required
 
 from composer_bema.training.config import ConfigError, reject_unknown, suggest
+from composer_bema.training.values import argument_types, describe, fits
 
 __all__ = ['REGISTRY', 'argument_names', 'build', 'check_arguments', 'find_builder', 'split_name']
 
@@ -112,7 +113,7 @@ def check_arguments(
     path: str,
     supplied: Collection[str] = (),
 ) -> None:
-    """Check that ``builder`` takes ``arguments`` and misses none.
+    """Check that ``builder`` takes ``arguments``, misses none, and that their types are those that it asks for.
 
     Args:
         builder: What will be called.
@@ -121,7 +122,7 @@ def check_arguments(
         supplied: Parameters that the caller fills in and the YAML must not.
 
     Raises:
-        ConfigError: Names the full dotted key of the first argument that is unknown or missing.
+        ConfigError: Names the full dotted key of the first argument that is unknown, missing or of a wrong type.
     """
     if not isinstance(arguments, Mapping):
         raise ConfigError(f'{path} must hold `key: value` pairs, not {arguments!r}.')
@@ -133,10 +134,20 @@ def check_arguments(
         # The required learning rate of Composer's optimizers has a sentinel for a default.
         if parameters[name].default in (inspect.Parameter.empty, required) and name not in arguments:
             raise ConfigError(f'{path}.{name} is missing from the settings.')
+    for name, hint in argument_types(builder).items():
+        # A default is fine whatever the annotation: `window: int = None` is common.
+        if name in arguments and name in names and arguments[name] != parameters[name].default:
+            _check_type(arguments[name], hint, f'{path}.{name}')
+
+
+def _check_type(value: Any, hint: Any, path: str) -> None:
+    wanted = describe(hint)
+    if wanted and not fits(value, hint):
+        raise ConfigError(f'{path} must be {wanted}, not {value!r}.')
 
 
 def build(builder: Callable[..., Any], arguments: Mapping[str, Any], path: str, **supplied: Any) -> Any:
-    """Check ``arguments`` and call ``builder`` with them; its ValueErrors and TypeErrors get ``path`` in front.
+    """Check ``arguments`` and call ``builder`` with them; its errors get ``path`` in front.
 
     Raises:
         ConfigError: An argument is unknown, missing or refused by the builder.
@@ -146,5 +157,6 @@ def build(builder: Callable[..., Any], arguments: Mapping[str, Any], path: str, 
         return builder(**supplied, **arguments)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f'{path}: {" ".join(str(error).split())}') from error
+    except Exception as error:
+        # A model's, dataset's or logger's constructor raises what it likes about arguments that it cannot use.
+        raise ConfigError(f'{path}: {" ".join(str(error).split()) or type(error).__name__}') from error

@@ -15,7 +15,7 @@ from composer_bema.training.checks import build_named, check_config, device_batc
 from composer_bema.training.config import ConfigError, TrainConfig
 from composer_bema.training.data.packing import keeps_documents_apart
 from composer_bema.training.data.sections import build_evaluators, build_loader, eval_sections
-from composer_bema.training.outputs import METRICS_FILE, MetricsFile, prepare_run_folder, report
+from composer_bema.training.outputs import METRICS_FILE, MetricsFile, check_run_folder, report, write_settings
 from composer_bema.training.registry import build, find_builder, split_name
 from composer_bema.training.tokenizers import build_tokenizer
 
@@ -69,21 +69,37 @@ def build_trainer(config: TrainConfig) -> Trainer:
     if not evaluators:
         # Composer warns about an interval of evaluations when there is nothing to evaluate.
         settings |= {'eval_interval': 1, 'eval_subset_num_batches': -1}
-    folder = prepare_run_folder(config)
-    return Trainer(
-        model=model,
-        train_dataloader=train_loader,
-        eval_dataloader=evaluators or None,
-        optimizers=_build_section(config, 'optimizer', params=[p for p in model.parameters() if p.requires_grad]),
-        schedulers=_build_section(config, 'scheduler'),
-        algorithms=build_named('algorithms', config.algorithms),
-        callbacks=build_named('callbacks', config.callbacks),
-        loggers=[MetricsFile(folder / METRICS_FILE), *build_named('loggers', config.loggers)],
-        parallelism_config={'fsdp': config.fsdp_config} if config.fsdp_config else None,
-        device=device,
-        precision=config.precision or ('amp_bf16' if torch.cuda.is_available() else 'fp32'),
-        **settings,
-    )
+    folder = check_run_folder(config)
+    arguments = {
+        'model': model,
+        'train_dataloader': train_loader,
+        'eval_dataloader': evaluators or None,
+        'optimizers': _build_section(config, 'optimizer', params=[p for p in model.parameters() if p.requires_grad]),
+        'schedulers': _build_section(config, 'scheduler'),
+        'algorithms': build_named('algorithms', config.algorithms),
+        'callbacks': build_named('callbacks', config.callbacks),
+        'loggers': [MetricsFile(folder / METRICS_FILE), *build_named('loggers', config.loggers)],
+        # An empty table is FSDP with Composer's defaults.
+        'parallelism_config': None if config.fsdp_config is None else {'fsdp': config.fsdp_config},
+        'device': device,
+        'precision': config.precision or ('amp_bf16' if torch.cuda.is_available() else 'fp32'),
+    }
+    trainer = _make_trainer(config, {**arguments, **settings})
+    write_settings(config, folder)
+    return trainer
+
+
+def _make_trainer(config: TrainConfig, arguments: dict[str, Any]) -> Trainer:
+    try:
+        return Trainer(**arguments)
+    except (ValueError, TypeError, OSError):
+        raise
+    except Exception as error:
+        # Of a file that is no checkpoint, or another model's, torch makes RuntimeError, KeyError, EOFError and others.
+        reason = f'{type(error).__name__}: {" ".join(str(error).split())}'.removesuffix(': ')
+        source = config.load_path or (config.autoresume and config.save_folder)
+        what = f"The checkpoint in '{source}' cannot be loaded into this run" if source else 'The run cannot be set up'
+        raise ConfigError(f'{what} ({reason})') from error
 
 
 def train(config: TrainConfig) -> str:
@@ -92,7 +108,11 @@ def train(config: TrainConfig) -> str:
     try:
         if config.eval_first and trainer.state.timestamp.batch == 0:
             trainer.eval()
-        trainer.fit()
+        elapsed = trainer.state.get_elapsed_duration()
+        assert elapsed is not None, 'max_duration is required'
+        # A run that is started again after its end has nothing left to do but report.
+        if not (config.autoresume and elapsed >= 1):
+            trainer.fit()
     finally:
         trainer.close()
     return report(str(config.run_folder)) if dist.get_global_rank() == 0 else ''

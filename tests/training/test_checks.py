@@ -51,6 +51,18 @@ YAMLS = Path(__file__).parents[2] / 'yamls'
         ('global_train_batch_size=0', 'global_train_batch_size must be a positive multiple'),
         ('fsdp_config.sharding=1', "the nearest one is 'fsdp_config.sharding_strategy'"),
         ('autoresume=true', 'autoresume needs save_folder'),
+        ('fsdp_config.sharding_strategy=FULL', "fsdp_config.sharding_strategy: 'FULL' is not one of FULL_SHARD, "),
+        ('precision=fp8', "precision: 'fp8' is not one of fp32, "),
+        ('python_log_level=loud', "python_log_level: 'LOUD' is not one of CRITICAL, "),
+        ('device_train_microbatch_size=0', "must be a positive number of sequences or 'auto', not 0"),
+        ('device_train_microbatch_size=all', "must be a positive number of sequences or 'auto', not 'all'"),
+        ('device_eval_batch_size=0', 'device_eval_batch_size must be a positive number of sequences, not 0'),
+        ('eval_subset_num_batches=0', 'eval_subset_num_batches must be a positive number'),
+        ('max_duration=0ba', "max_duration must be positive, not '0ba'"),
+        ('optimizer.lr=abc', "optimizer.lr must be a number, not 'abc'"),
+        ('scheduler.t_max=soon', "scheduler.t_max must be a Composer time such as '100ba', not 'soon'"),
+        ('train_loader.dataset.part=test', "train_loader.dataset.part must be one of train, held_out, all, not 'test'"),
+        ('train_loader.num_workers=abc', "train_loader.num_workers must be a whole number, not 'abc'"),
     ],
 )
 def test_a_mistake_is_named_with_its_dotted_key(tmp_path, override, message):
@@ -63,6 +75,11 @@ def test_a_mistake_is_named_with_its_dotted_key(tmp_path, override, message):
     ('override', 'message'),
     [
         ('algorithms.bema.emapower=1', "the nearest one is 'algorithms.bema.ema_power'"),
+        (
+            'algorithms.bema.update_freq=10',
+            "algorithms.bema.update_freq must be a Composer time such as '100ba', not 10",
+        ),
+        ('algorithms={bema: {}, ema: {half_life: 2ba}}', 'BEMA and EMA share a run'),
         ('algorithms.bema.bias_power=-1', 'algorithms.bema: .*-1'),
         ('algorithms.ema={half_life: 10ba, eval_labels: [too]}', "no evaluator is labelled 'too'; .* 'two'"),
     ],

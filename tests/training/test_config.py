@@ -42,6 +42,7 @@ def test_an_override_takes_values_with_equals_signs(tmp_path):
         (['zzz=1'], '^zzz is not a setting.$'),
         (['max_duration=null'], 'max_duration is missing'),
         (['max_seq_len=long'], "max_seq_len: Value 'long' of type 'str' could not be converted to Integer"),
+        (['algorithms=[bema]'], 'algorithms: Cannot merge'),
         (['optimizer=3'], 'optimizer: Cannot assign int'),
         (['max_duration'], "Override 'max_duration' is not of the form key=value"),
         (['=3'], 'not of the form key=value'),

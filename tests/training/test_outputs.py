@@ -3,6 +3,7 @@
 
 """The run's folder: metrics line by line, curves, and the closing report."""
 
+import contextlib
 import json
 import math
 from types import SimpleNamespace
@@ -12,29 +13,39 @@ import torch
 from composer.core import Timestamp
 
 from composer_bema.training.config import ConfigError, load_config
-from composer_bema.training.outputs import MetricsFile, loss_curves, prepare_run_folder, read_metrics, report
+from composer_bema.training.outputs import (
+    MetricsFile,
+    check_run_folder,
+    loss_curves,
+    read_metrics,
+    report,
+    write_settings,
+)
 from tests.training.tiny import tiny_settings, write_yaml
 
 
+@contextlib.contextmanager
 def logger_at(path, batch):
-    logger = MetricsFile(path)
-    logger.init(SimpleNamespace(timestamp=Timestamp(epoch=1, batch=batch, token=10 * batch)), None)  # pyright: ignore
-    return logger
+    logger, state = MetricsFile(path), SimpleNamespace(timestamp=Timestamp(epoch=1, batch=batch, token=10 * batch))
+    logger.init(state, None)
+    yield logger
+    logger.close(state, None)
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     path = tmp_path / 'metrics.jsonl'
-    logger = logger_at(path, batch=3)
-    logger.log_metrics({'loss': torch.tensor(0.5), 'flag': True})
-    logger.log_metrics({})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {'batch': 3, 'epoch': 1, 'token': 30, 'loss': 0.5, 'flag': True},
-    ]
+    with logger_at(path, batch=3) as logger:
+        logger.log_metrics({'loss': torch.tensor(0.5), 'flag': True})
+        logger.log_metrics({})
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [
+            {'batch': 3, 'epoch': 1, 'token': 30, 'loss': 0.5, 'flag': True},
+        ]
 
 
 def test_values_that_json_lacks_come_back(tmp_path):
     path = tmp_path / 'metrics.jsonl'
-    logger_at(path, batch=1).log_metrics({'a': math.nan, 'b': torch.tensor(-math.inf)})
+    with logger_at(path, batch=1) as logger:
+        logger.log_metrics({'a': math.nan, 'b': torch.tensor(-math.inf)})
 
     def refuse(constant):
         raise AssertionError(f'{constant} is not JSON')
@@ -47,8 +58,9 @@ def test_values_that_json_lacks_come_back(tmp_path):
 @pytest.mark.parametrize(('batch', 'lines'), [(0, 1), (5, 2)])
 def test_a_resumed_run_appends_and_a_new_one_starts_afresh(tmp_path, batch, lines):
     path = tmp_path / 'metrics.jsonl'
-    path.write_text('{"batch": 9}\n')
-    logger_at(path, batch).log_metrics({'loss': 1.0})
+    path.write_text('{"batch": 9}\n{"ba')
+    with logger_at(path, batch) as logger:
+        logger.log_metrics({'loss': 1.0})
     assert len(read_metrics(path)) == lines
 
 
@@ -81,13 +93,15 @@ def test_report(tmp_path):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     settings = tiny_settings(tmp_path)
     path = write_yaml(tmp_path, settings)
-    folder = prepare_run_folder(load_config(path))
+    folder = check_run_folder(load_config(path))
+    assert not folder.exists()
+    write_settings(load_config(path), folder)
     assert load_config(folder / 'config.yaml') == load_config(path)
-    prepare_run_folder(load_config(path))  # it holds settings, but no run yet
+    check_run_folder(load_config(path))  # it holds settings, but no run yet
     (folder / 'metrics.jsonl').touch()
     with pytest.raises(ConfigError, match='holds a run already; give another run_name, or set save_overwrite=true'):
-        prepare_run_folder(load_config(path))
+        check_run_folder(load_config(path))
     with pytest.raises(ConfigError, match='holds a run already'):
-        prepare_run_folder(load_config(path, ['load_path=x.pt', 'load_weights_only=true']))
+        check_run_folder(load_config(path, ['load_path=x.pt', 'load_weights_only=true']))
     for goes_on in ('save_overwrite=true', 'autoresume=true', 'load_path=x.pt'):
-        prepare_run_folder(load_config(path, [goes_on]))
+        check_run_folder(load_config(path, [goes_on]))

@@ -3,6 +3,7 @@
 
 """Whole runs of a tiny model: what they leave behind, and that a resumed one goes on as if nothing had happened."""
 
+import copy
 import json
 import math
 
@@ -55,17 +56,97 @@ def test_without_evaluators_there_is_no_table(tmp_path, yaml):
     assert not (tmp_path / 'run' / 'curves.png').exists()
 
 
-def test_a_run_resumed_in_the_middle_of_an_epoch_ends_bit_equal(tmp_path, yaml):
+def same(one, other):
+    """Whether two nests of containers, tensors and numbers are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+AVERAGES = [
+    'algorithms.ema={update_freq: 3ba, half_life: 5ba, eval_labels: [one], save_weights: training}',
+    'algorithms.bema={update_freq: 2ba, update_after: 1ba, eval_labels: [two], save_weights: average}',
+]
+
+
+@pytest.mark.parametrize('way', ['autoresume', 'load_path'])
+def test_a_run_resumed_in_the_middle_of_an_epoch_ends_bit_equal(tmp_path, yaml, way):
     """Epochs are 9 steps long here: the break at step 4 is inside the first, the end inside the second."""
-    common = ['save_interval=4ba', 'max_duration=11ba', 'eval_interval=100ba']
-    whole = weights_after(yaml, *common, f'run_folder={tmp_path}/whole')
-    common.append(f'run_folder={tmp_path}/parts')
-    half = weights_after(yaml, *common, f'save_folder={tmp_path}/checkpoints', 'max_duration=4ba')
-    resumed = weights_after(yaml, *common, f'save_folder={tmp_path}/checkpoints', 'autoresume=true')
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not all(torch.equal(half[name], resumed[name]) for name in whole)
+    common = [*AVERAGES, 'save_interval=4ba', 'max_duration=11ba', 'eval_interval=3ba']
+
+    def run(folder, *overrides):
+        trainer = build_trainer(load_config(yaml, [*common, f'run_folder={tmp_path}/{folder}', *overrides]))
+        trainer.fit()
+        trainer.close()
+        curves = loss_curves(read_metrics(tmp_path / folder / 'metrics.jsonl'))
+        algorithms = {type(algorithm).__name__: algorithm.state_dict() for algorithm in trainer.state.algorithms}
+        return copy.deepcopy((trainer.state.model.state_dict(), algorithms)), curves
+
+    whole, whole_curves = run('whole')
+    save_folder = f'save_folder={tmp_path}/checkpoints'
+    half, _ = run('parts', save_folder, 'max_duration=4ba')
+    how = {
+        'autoresume': ['autoresume=true', save_folder],
+        'load_path': [f'load_path={tmp_path}/checkpoints/latest-rank0.pt'],
+    }
+    resumed, curves = run('parts', *how[way])
+    assert same(resumed, whole)
+    assert {
+        label: [(step, loss) for step, loss in points if step != 4] for label, points in curves.items()
+    } == whole_curves
+    assert not same(half, whole)
     steps = [r['batch'] for r in read_metrics(tmp_path / 'parts' / 'metrics.jsonl') if 'loss/train/total' in r]
     assert steps == list(range(11))
+
+
+@pytest.mark.parametrize(('fsdp_config', 'given'), [('null', None), ('{}', {'fsdp': {}})])
+def test_an_empty_fsdp_config_asks_for_fsdp(yaml, monkeypatch, fsdp_config, given):
+    arguments = {}
+    monkeypatch.setattr('composer_bema.training.run.Trainer', lambda **kwargs: arguments.update(kwargs))
+    build_trainer(load_config(yaml, [f'fsdp_config={fsdp_config}']))
+    assert arguments['parallelism_config'] == given
+
+
+def test_a_finished_run_that_is_started_again_only_reports(tmp_path, yaml):
+    overrides = [f'save_folder={tmp_path}/checkpoints', 'autoresume=true', 'max_duration=2ba']
+    first = train(load_config(yaml, overrides))
+    assert 'evaluator' in first
+    assert train(load_config(yaml, overrides)) == first
+
+
+def test_the_loss_of_an_evaluator_is_the_mean_over_its_target_tokens(tmp_path, yaml):
+    """Ten held-out blocks in batches of four, the last one smaller, and each token weighs the same."""
+    trainer = build_trainer(load_config(yaml, ['max_duration=1ba']))
+    trainer.fit()
+    trainer.close()
+    blocks = trainer.state.evaluators[0].dataloader.dataloader.dataset.blocks
+    assert len(blocks) == 10
+    tokens = torch.from_numpy(blocks)
+    with torch.no_grad():
+        logits = trainer.state.model.model.eval()(input_ids=tokens).logits
+    by_hand = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
+    _, loss = loss_curves(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))['one'][-1]
+    assert loss == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'PK\x03\x04'])
+def test_a_file_that_is_no_checkpoint_is_named_and_leaves_nothing(tmp_path, yaml, content):
+    (tmp_path / 'x.pt').write_bytes(content)
+    with pytest.raises(ConfigError, match=r"The checkpoint in '.*x\.pt' cannot be loaded into this run"):
+        build_trainer(load_config(yaml, [f'load_path={tmp_path}/x.pt']))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path, yaml):
+    save_folder = f'save_folder={tmp_path}/checkpoints'
+    weights_after(yaml, save_folder, 'max_duration=1ba')
+    overrides = [save_folder, 'autoresume=true', 'model.config.hidden_size=32']
+    with pytest.raises(ConfigError, match=r"The checkpoint in '.*checkpoints' cannot be loaded .*size mismatch"):
+        build_trainer(load_config(yaml, overrides))
 
 
 def test_the_seed_decides_the_weights(tmp_path, yaml):
@@ -147,9 +228,14 @@ def test_packed_conversations_train(tmp_path):
 @pytest.mark.parametrize(
     ('override', 'message'),
     [
-        ('train_loader.dataset.part=test', "train_loader.dataset: part must be 'train', 'held_out' or 'all'"),
+        ('global_train_batch_size=64', 'train_loader: drop_last drops the only batch: .* fewer than 64 samples'),
+        (
+            'model.config.vocab_size=100',
+            'model: the tokenizer has 259 tokens, but the vocabulary of the model only 100',
+        ),
+        ('model.config.num_attention_heads=0', 'model: integer division'),
         ('eval_loader.1.dataset.paths=nothing', "eval_loader.1.dataset: No file matches 'nothing'"),
-        ('optimizer.lr=fast', 'optimizer: '),
+        ('optimizer.lr=-1', 'optimizer: Invalid learning rate'),
         ('callbacks.hf_checkpointer={save_folder: x, precision: fp8}', 'callbacks.hf_checkpointer: precision must be'),
     ],
 )

@@ -42,7 +42,11 @@ def build_data_spec(
     persistent_workers: bool = False,
     timeout: float = 0,
 ) -> DataSpec:
-    """Put a dataset behind a DataLoader of ``batch_size`` samples a device; its options are the other arguments."""
+    """Put a dataset behind a DataLoader of ``batch_size`` samples a device; its options are the other arguments.
+
+    Raises:
+        ValueError: ``drop_last`` leaves nothing of a dataset smaller than a batch; Composer would wait for ever.
+    """
     sampler = None
     if not isinstance(source.dataset, IterableDataset):
         # Composer calls set_epoch on this sampler and skips what an interrupted epoch has seen: the order of the
@@ -65,6 +69,10 @@ def build_data_spec(
         persistent_workers=persistent_workers,
         timeout=timeout,
     )
+    if not len(loader):
+        raise ValueError(
+            f'drop_last drops the only batch: the data set holds fewer than {batch_size} samples for each device.',
+        )
     return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=count_tokens)
 
 

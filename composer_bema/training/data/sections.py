@@ -52,8 +52,9 @@ def check_loader(section: Mapping[str, Any], path: str, max_seq_len: int) -> Non
     if not isinstance(dataset, Mapping):
         raise ConfigError(f'{path}.dataset must hold the `key: value` pairs of loader {name}.')
     check_arguments(builder, {'max_seq_len': max_seq_len, **dataset}, f'{path}.dataset', CONTEXT)
-    options = argument_names(build_data_spec, supplied=('source', 'batch_size'))
-    reject_unknown(arguments, [*options, 'dataset', 'name'], path)
+    supplied = ('source', 'batch_size')
+    reject_unknown(arguments, [*argument_names(build_data_spec, supplied), 'dataset', 'name'], path)
+    check_arguments(build_data_spec, arguments, path, supplied)
 
 
 def build_loader(

@@ -7,7 +7,7 @@ import glob
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from composer_bema.training.config import ConfigError
 from composer_bema.training.data.blocks import Part, TokenBlocks, select_part, token_blocks
 from composer_bema.training.data.loaders import DataSource, pad_batch
 
-__all__ = ['build_text_files', 'find_files', 'read_texts']
+__all__ = ['build_text_files', 'find_files', 'read_rows', 'read_texts']
 
 
 def build_text_files(
@@ -79,15 +79,24 @@ def read_texts(files: Sequence[Path], text_field: str = 'text') -> Iterator[str]
 
 
 def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
+    for number, row in read_rows(file):
+        text = row.get(text_field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise ConfigError(f"'{file}', line {number}, has no text under '{text_field}'.")
+        yield text
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """The values in the lines of a JSONL file, each with the number of its line.
+
+    Raises:
+        ConfigError: Names the file and line that is not JSON.
+    """
     with file.open(encoding='utf-8') as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise ConfigError(f"'{file}', line {number}, is not JSON: {error.msg}.") from error
-            text = row.get(text_field) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise ConfigError(f"'{file}', line {number}, has no text under '{text_field}'.")
-            yield text

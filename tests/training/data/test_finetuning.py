@@ -121,6 +121,33 @@ def test_a_conversation_that_cannot_be_rendered_is_shown(make, tokenizer, monkey
         make([['a', 'b']])
 
 
+@pytest.mark.parametrize(
+    ('messages', 'message'),
+    [
+        ([], r'a conversation must be a list of messages, not \[\]'),
+        (None, 'a conversation must be a list of messages, not None'),
+        ('abc', "a conversation must be a list of messages, not 'abc'"),
+        ([{'role': 'user'}], 'message 0 must have a text as its role and one as its content'),
+        ([{'role': 'user', 'content': 3}], 'message 0 must have a text as its role and one as its content'),
+        (['abc'], 'message 0 must have a text as its role'),
+    ],
+)
+def test_malformed_conversations(tmp_path, tokenizer, messages, message):
+    path = tmp_path / 'rows.jsonl'
+    path.write_text(json.dumps({'messages': messages}) + '\n')
+    with pytest.raises(ConfigError, match=message):
+        build_finetuning(
+            tokenizer, 8, 'json', hf_kwargs={'data_files': str(path), 'cache_dir': str(tmp_path)}, part='all'
+        )
+
+
+def test_a_broken_line_is_named_with_its_file_and_number(tmp_path, tokenizer):
+    path = tmp_path / 'rows.jsonl'
+    path.write_text('{"messages": []}\n{"messages": [\n')
+    with pytest.raises(ConfigError, match=r"rows\.jsonl', line 2, is not JSON"):
+        build_finetuning(tokenizer, 8, 'json', hf_kwargs={'data_files': str(path), 'cache_dir': str(tmp_path)})
+
+
 def test_a_column_of_messages_is_needed(tmp_path, tokenizer):
     path = tmp_path / 'rows.jsonl'
     path.write_text('{"prompt": "a"}\n')
