@@ -21,10 +21,10 @@ __all__ = [
     'AveragingCheckpoint',
     'Purpose',
     'RestoreAfterFailedEvaluation',
-    'ask_once',
     'has_buffers',
     'has_failed_evaluation',
     'may_save',
+    'prepare_savers',
 ]
 
 Purpose = Literal['evaluation', 'checkpoint', 'user']
@@ -131,13 +131,38 @@ def may_save(callback: Callback, event: Event, state: State) -> bool:
     return True
 
 
-def ask_once(callbacks: Sequence[Callback]) -> None:
-    """Makes savers ask their interval once an event, whoever else wants to know: it may be a function with a memory."""
+def prepare_savers(callbacks: Sequence[Callback], averages: Sequence[Swappable]) -> None:
+    """Makes savers fit to be asked and to fail.
+
+    Each asks its interval once an event, whoever else wants to know, since it may be a function with a memory. One that
+    raises (a full disk) leaves training weights behind: no later event would come to put them back.
+    """
     for callback in callbacks:
+        if not isinstance(callback, (LoggerDestination, AveragingCheckpoint)):
+            run_event = callback.run_event
+            original = run_event.run_event if isinstance(run_event, _RestoreOnError) else run_event
+            callback.run_event = _RestoreOnError(original, averages)
         for name in _SAVE_INTERVALS:
             interval = getattr(callback, name, None)
             if callable(interval) and not isinstance(interval, _AskedOnce):
                 setattr(callback, name, _AskedOnce(interval))
+
+
+class _RestoreOnError:
+    """A callback's ``run_event`` that puts the training weights back if it raises at a checkpoint."""
+
+    def __init__(self, run_event: Callable[..., Any], averages: Sequence[Swappable]) -> None:
+        self.run_event = run_event
+        self._averages = averages
+
+    def __call__(self, event: Event, state: State, logger: Logger) -> None:
+        try:
+            self.run_event(event, state, logger)
+        except BaseException:
+            for average in self._averages:
+                if average.swapped_for == 'checkpoint':
+                    average.swap_out()
+            raise
 
 
 class _AskedOnce:

@@ -26,10 +26,10 @@ from composer_bema.algorithms.checkpointing import (
     AveragingCheckpoint,
     Purpose,
     RestoreAfterFailedEvaluation,
-    ask_once,
     has_buffers,
     has_failed_evaluation,
     may_save,
+    prepare_savers,
 )
 from composer_bema.averaging.parameters import copy_weights
 from composer_bema.averaging.rules import Rule
@@ -225,7 +225,7 @@ class WeightAveraging(Algorithm):
         state.model.register_state_dict_pre_hook(RestoreAfterFailedEvaluation(self))
         if self is averages[0]:
             state.callbacks.append(AveragingCheckpoint(averages))
-            ask_once(state.callbacks)
+            prepare_savers(state.callbacks, averages)
 
     def _finish_loading(self, event: Event, state: State, logger: Logger) -> None:
         self._take_loaded_state(state)
@@ -392,7 +392,8 @@ class WeightAveraging(Algorithm):
         )
 
     def _come_last(self, state: State) -> None:
-        """Moves the callback that ends a checkpoint behind callbacks that were added later."""
+        """Makes room for callbacks that were added later before the one that ends a checkpoint."""
+        prepare_savers(state.callbacks, _averages(state))
         state.callbacks.sort(key=lambda callback: isinstance(callback, AveragingCheckpoint))
 
     def _remember_train_data(self, state: State) -> None:

@@ -212,6 +212,25 @@ def test_every_saver_finds_the_weights_that_were_asked_for(save_weights):
     assert list(interval_saver.found) == [6, 12, 18, 24]
 
 
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
+def test_a_saver_that_fails_leaves_training_weights(tmp_path, error):
+    class FullDisk(Callback):
+        def batch_checkpoint(self, state, logger):
+            if state.timestamp.batch == 3:
+                raise error('no space left')
+
+    left = Record(lambda state: weights_of(state.model), Event.BATCH_END)
+    bema = BEMA('1ba')
+    trainer = make_trainer(bema, callbacks=[left, FullDisk()])
+    with pytest.raises(error, match='no space left'):
+        trainer.fit()
+    path = trainer.save_checkpoint(str(tmp_path / 'other.pt'), weights_only=True)
+    assert same({n: torch.load(path, weights_only=False)['state']['model'][n] for n in left.seen[3]}, left.seen[3])
+    trainer.fit()
+    trainer.close()
+    assert trainer.state.timestamp.batch == 24
+
+
 def test_nothing_is_swapped_where_nobody_saves(tmp_path):
     """An exchange of all weights after every step would cost more than the updates."""
     bema = BEMA('2ba')
