@@ -10,7 +10,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,6 +125,18 @@ def make_causal_lm() -> 'Callable[..., LlamaForCausalLM]':
         return LlamaForCausalLM(LlamaConfig(**{**tiny, **config}))
 
     return make
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, gone after the test."""
+    from torch import distributed as dist
+
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
+    yield
+    # gloo's thread wants Python's lock to let go of a last tensor, and destroying would hold the lock and wait for it.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ from composer import Callback, Event, Logger, State
 from composer.callbacks import CheckpointSaver
 from composer.loggers import LoggerDestination
 
-from composer_bema.averaging.state import BUFFERS
+from composer_bema.averaging.state import BUFFERS, MODEL_HOLDS
 
 __all__ = [
     'AveragingCheckpoint',
@@ -68,13 +68,13 @@ class AveragingCheckpoint(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         holders = [type(average).__name__ for average in self._averages if average.swapped_for]
-        return {'model_holds': holders[0] if holders else 'training'}
+        return {MODEL_HOLDS: holders[0] if holders else 'training'}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loaded = state
 
     def after_load(self, state: State, logger: Logger) -> None:
-        holder = 'training' if self._loaded is None else self._loaded['model_holds']
+        holder = 'training' if self._loaded is None else self._loaded[MODEL_HOLDS]
         self._loaded = None
         restored = [type(average).__name__ for average in self._averages if average.is_restored]
         if holder not in ('training', *restored):

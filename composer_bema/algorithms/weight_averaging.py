@@ -18,7 +18,6 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 from composer import Algorithm, Event, Logger, State, Time, TimeUnit
-from composer.algorithms import EMA as ComposerEMA
 from composer.utils import dist
 
 from composer_bema.algorithms import times
@@ -31,11 +30,12 @@ from composer_bema.algorithms.checkpointing import (
     may_save,
     prepare_savers,
 )
+from composer_bema.algorithms.coexistence import check_algorithms
 from composer_bema.averaging.parameters import copy_weights
 from composer_bema.averaging.rules import Rule
 from composer_bema.averaging.state import MODEL_HOLDS, AverageState, NonFinite
 
-__all__ = ['SaveWeights', 'WeightAveraging', 'check_algorithms']
+__all__ = ['SaveWeights', 'WeightAveraging', 'averages_among', 'swap_out_all']
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class WeightAveraging(Algorithm):
         """
         if self._run is None:
             raise ValueError(f'{self._name} is in no run yet, so there are no training weights to give.')
-        holder = next((average for average in _averages(self._run) if average.average.swapped), None)
+        holder = next((average for average in averages_among(self._run.algorithms) if average.average.swapped), None)
         if not _is_part_of(model, self._run.model):
             copy_weights(self._run.model, model)
             if holder is not None:
@@ -219,11 +219,11 @@ class WeightAveraging(Algorithm):
             self.swap_out()
         self._forget_run()
         self._run = state
-        averages = _averages(state)
-        check_algorithms(self, state.algorithms)
+        averages = averages_among(state.algorithms)
         self._saves_average = self.save_weights == 'average' or (self.save_weights is None and len(averages) == 1)
         state.model.register_state_dict_pre_hook(RestoreAfterFailedEvaluation(self))
         if self is averages[0]:
+            check_algorithms(averages, state.algorithms)
             state.callbacks.append(AveragingCheckpoint(averages))
             prepare_savers(state.callbacks, averages)
 
@@ -393,7 +393,7 @@ class WeightAveraging(Algorithm):
 
     def _come_last(self, state: State) -> None:
         """Makes room for callbacks that were added later before the one that ends a checkpoint."""
-        prepare_savers(state.callbacks, _averages(state))
+        prepare_savers(state.callbacks, averages_among(state.algorithms))
         state.callbacks.sort(key=lambda callback: isinstance(callback, AveragingCheckpoint))
 
     def _remember_train_data(self, state: State) -> None:
@@ -414,55 +414,18 @@ class WeightAveraging(Algorithm):
         return self._name.lower()
 
 
+def averages_among(algorithms: Sequence[Algorithm]) -> list[WeightAveraging]:
+    """Returns those of the algorithms of a run that are averages."""
+    return [algorithm for algorithm in algorithms if isinstance(algorithm, WeightAveraging)]
+
+
 def swap_out_all(state: State) -> None:
     """Puts the training weights into the model of a run, whichever average is in it."""
-    for average in _averages(state):
+    for average in averages_among(state.algorithms):
         average.swap_out()
-
-
-def _averages(state: State) -> list[WeightAveraging]:
-    return [algorithm for algorithm in state.algorithms if isinstance(algorithm, WeightAveraging)]
 
 
 def _is_part_of(part: torch.nn.Module, whole: torch.nn.Module) -> bool:
     """Returns whether a model is the other one, wrapped or not, or one of its submodules."""
     identities = {id(parameter) for parameter in whole.parameters()}
     return all(id(parameter) in identities for parameter in part.parameters())
-
-
-def check_algorithms(average: WeightAveraging, algorithms: Sequence[Algorithm]) -> None:
-    """Checks an average against the other algorithms of a run.
-
-    Raises:
-        ValueError: If two of them have one class name, evaluator or the checkpoints in common.
-    """
-    name = type(average).__name__
-    for other in algorithms:
-        if other is average:
-            continue
-        if isinstance(other, ComposerEMA):
-            raise ValueError(
-                f"Composer's own EMA and {name} cannot share a run, since both put an average into the model: use "
-                'composer_bema.EMA, whose eval_labels keep them apart.',
-            )
-        if type(other).__qualname__ == type(average).__qualname__:
-            raise ValueError(
-                f'A run can have one {name} only, since Composer restores algorithms by their class name: compute '
-                'further averages from checkpoints afterwards.',
-            )
-        if isinstance(other, WeightAveraging):
-            _check_pair(average, other)
-
-
-def _check_pair(one: WeightAveraging, other: WeightAveraging) -> None:
-    names = f'{type(one).__name__} and {type(other).__name__}'
-    if one.save_weights == other.save_weights == 'average':
-        raise ValueError(f"{names} both have save_weights='average', but a checkpoint's model can hold one average.")
-    if one.eval_labels is None or other.eval_labels is None:
-        raise ValueError(
-            f"{names} share a run: give each of them eval_labels of its own, such as eval_labels=['bema'], and the "
-            'Trainer an Evaluator of that label.',
-        )
-    shared = set(one.eval_labels) & set(other.eval_labels)
-    if shared:
-        raise ValueError(f"{names} share the eval label '{min(shared)}', but an evaluator can see one average only.")

@@ -11,7 +11,8 @@ from composer.core import Precision, Time
 from composer.utils import FSDPConfig, dist
 from torch.distributed.fsdp import ShardingStrategy
 
-from composer_bema.algorithms.weight_averaging import WeightAveraging, check_algorithms
+from composer_bema.algorithms.coexistence import check_algorithms
+from composer_bema.algorithms.weight_averaging import averages_among
 from composer_bema.training.config import ConfigError, TrainConfig, reject_unknown, suggest
 from composer_bema.training.data.sections import check_loader, eval_sections
 from composer_bema.training.registry import build, check_arguments, find_builder, split_name
@@ -44,12 +45,10 @@ def check_config(config: TrainConfig) -> None:
             check_arguments(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
     # Algorithms check their values themselves, and building one changes nothing.
     algorithms = build_named('algorithms', config.algorithms)
-    for average in algorithms:
-        if isinstance(average, WeightAveraging):
-            try:
-                check_algorithms(average, algorithms)
-            except ValueError as error:
-                raise ConfigError(f'algorithms: {error}') from error
+    try:
+        check_algorithms(averages_among(algorithms), algorithms)
+    except ValueError as error:
+        raise ConfigError(f'algorithms: {error}') from error
     _check_eval_labels(config)
     _check_choice(config.precision, [precision.value for precision in Precision], 'precision')
     _check_choice((config.python_log_level or 'info').upper(), LOG_LEVELS, 'python_log_level')

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_bema.averaging import kernels
 from composer_bema.averaging.rules import Difference, Lerp, LinearStep
+from tests.averaging.reference import apply_rows
 
 CHUNK = 64
 BEMA_STEP = LinearStep((Lerp('ema', 'theta', 0.25), Difference('bema', 'ema', 0.5, 'theta', 'theta_0')), {})
@@ -40,12 +41,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 def reference(step: LinearStep, theta: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """The rows in float64, one whole array at a time."""
     values = {'theta': to_numpy(theta), **{name: to_numpy(tensor) for name, tensor in buffers.items()}}
-    for row in step.rows:
-        if isinstance(row, Lerp):
-            target = values[row.target]
-            values[row.target] = target + row.weight * (values[row.source] - target)
-        else:
-            values[row.target] = values[row.base] + row.scale * (values[row.minuend] - values[row.subtrahend])
+    apply_rows(step, values)
     return values
 
 

@@ -3,12 +3,8 @@
 
 """Names are those of the bare model, whatever wraps it, and a tensor has one name."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -256,16 +252,6 @@ def test_a_target_that_lacks_a_tensor_is_an_error_that_names_it(lacking, name):
     ):
         copy_weights(bare(), target)
     assert all(map(torch.equal, before, target.state_dict().values()))
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone, gone after the test."""
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
-    yield
-    # gloo's thread wants Python's lock to let go of a last tensor, and destroying would hold the lock and wait for it.
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures('one_rank')

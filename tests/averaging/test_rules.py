@@ -21,11 +21,11 @@ from composer_bema.averaging.rules import (
     Difference,
     Latest,
     Lerp,
-    LinearStep,
     Rule,
     bema_rule,
     ema_rule,
 )
+from tests.averaging.reference import apply_rows
 
 powers = st.none() | st.floats(min_value=0, max_value=4)
 settings = st.fixed_dictionaries(
@@ -40,22 +40,12 @@ settings = st.fixed_dictionaries(
 step_lists = st.lists(st.integers(min_value=0, max_value=10**5), min_size=1, max_size=12, unique=True).map(sorted)
 
 
-def apply(step: LinearStep, values: dict[str, Any]) -> None:
-    """The rows as their docstrings define them, on any kind of number."""
-    for row in step.rows:
-        if isinstance(row, Lerp):
-            target = values[row.target]
-            values[row.target] = target + row.weight * (values[row.source] - target)
-        else:
-            values[row.target] = values[row.base] + row.scale * (values[row.minuend] - values[row.subtrahend])
-
-
 def fold(rule: Rule, start: Any, steps: Iterable[int], thetas: Iterable[Any]) -> dict[str, Any]:
     """The buffers of a rule after updates at `steps`, from `start`."""
     values = dict.fromkeys(rule.buffers, start)
     for step, theta in zip(steps, thetas, strict=True):
         values[THETA] = theta
-        apply(rule.linear_step(step, 1.0), values)
+        apply_rows(rule.linear_step(step, 1.0), values)
     return values
 
 
@@ -253,7 +243,7 @@ def test_folding_a_rule_gives_the_offline_averages_of_the_reference(golden, id):
             if not updated[row]:
                 continue
             values[THETA] = weights[step]
-            apply(rule.linear_step(int(step), 5.0), values)
+            apply_rows(rule.linear_step(int(step), 5.0), values)
             np.testing.assert_allclose(values[rule.average], arrays[f'running/{name}'][row], rtol=0, atol=5e-6)
             if isinstance(rule, BEMA) and settings['ema_power'] > 0:
                 np.testing.assert_allclose(values['ema'], arrays[f'ema/{name}'][row], rtol=0, atol=5e-6)

@@ -6,8 +6,7 @@
 import copy
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -1138,16 +1137,6 @@ def test_the_distance_is_that_of_the_parameters(make_mlp):
 
 
 # ------------------------------------------------------------------------------------------------ distributed tensors
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone, gone after the test."""
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
-    yield
-    # gloo's thread wants Python's lock to let go of a last tensor, and destroying would hold the lock and wait for it.
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures('one_rank')

@@ -53,7 +53,6 @@ def test_blocks_are_the_units_of_sharding():
 
 
 def test_lora_trains_the_adapters_alone():
-    pytest.importorskip('peft')
     model = build_hf_causal_lm(TOKENIZER, config=TINY_MODEL['config'], peft_config={'peft_type': 'LORA', 'r': 2})
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable

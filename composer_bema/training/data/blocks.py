@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_bema.training.config import ConfigError
 
-__all__ = ['Part', 'TokenBlocks', 'select_part', 'token_blocks']
+__all__ = ['Part', 'TokenBlocks', 'block_dataset', 'select_part', 'token_blocks']
 
 Part = Literal['train', 'held_out', 'all']
 
@@ -34,6 +34,25 @@ class TokenBlocks(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens = torch.from_numpy(self.blocks[index].astype(np.int64))
         return {'input_ids': tokens, 'labels': tokens}
+
+
+def block_dataset(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    part: Part,
+    train_fraction: float,
+    split_seed: int,
+) -> TokenBlocks:
+    """The training or the held-out blocks of texts; the arguments are those of `token_blocks` and `select_part`.
+
+    Raises:
+        ConfigError: The texts fill no block, or cannot be divided so.
+    """
+    blocks = list(token_blocks(texts, tokenizer, max_seq_len))
+    if not blocks:
+        raise ConfigError(f'the text holds fewer than max_seq_len={max_seq_len} tokens, not one block.')
+    return TokenBlocks(np.stack(blocks)[select_part(len(blocks), part, train_fraction, split_seed)])
 
 
 def token_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from composer_bema.training.config import ConfigError
-from composer_bema.training.data.blocks import Part, TokenBlocks, select_part, token_blocks
+from composer_bema.training.data.blocks import Part, block_dataset
 from composer_bema.training.data.loaders import DataSource, pad_batch
 
 __all__ = ['build_python_manual', 'manual_topics']
@@ -39,9 +39,8 @@ def build_python_manual(
         shuffle: Visit the blocks in a new order each epoch.
         shuffle_seed: Seed of that order.
     """
-    blocks = np.stack(list(token_blocks(manual_topics(topics), tokenizer, max_seq_len)))
-    rows = select_part(len(blocks), part, train_fraction, split_seed)
-    return DataSource(TokenBlocks(blocks[rows]), pad_batch(tokenizer), shuffle, shuffle_seed)
+    blocks = block_dataset(manual_topics(topics), tokenizer, max_seq_len, part, train_fraction, split_seed)
+    return DataSource(blocks, pad_batch(tokenizer), shuffle, shuffle_seed)
 
 
 def manual_topics(topics: Topics = 'all') -> list[str]:

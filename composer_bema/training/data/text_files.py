@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Union
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from composer_bema.training.config import ConfigError
-from composer_bema.training.data.blocks import Part, TokenBlocks, select_part, token_blocks
+from composer_bema.training.data.blocks import Part, block_dataset
 from composer_bema.training.data.loaders import DataSource, pad_batch
 
 __all__ = ['build_text_files', 'find_files', 'read_rows', 'read_texts']
@@ -44,11 +43,8 @@ def build_text_files(
         shuffle_seed: Seed of that order.
     """
     files = find_files([paths] if isinstance(paths, str) else paths)
-    blocks = list(token_blocks(read_texts(files, text_field), tokenizer, max_seq_len))
-    if not blocks:
-        raise ConfigError(f'paths: the files hold fewer than {max_seq_len} tokens, not one block.')
-    rows = select_part(len(blocks), part, train_fraction, split_seed)
-    return DataSource(TokenBlocks(np.stack(blocks)[rows]), pad_batch(tokenizer), shuffle, shuffle_seed)
+    blocks = block_dataset(read_texts(files, text_field), tokenizer, max_seq_len, part, train_fraction, split_seed)
+    return DataSource(blocks, pad_batch(tokenizer), shuffle, shuffle_seed)
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:

@@ -40,7 +40,7 @@ def test_blocks_of_files(folder):
         ('x.jsonl', b'{"text": "a"}\n{', r"x\.jsonl', line 2, is not JSON"),
         ('x.jsonl', b'{"txt": "a"}', r"x\.jsonl', line 1, has no text under 'text'"),
         ('x.jsonl', b'[1]', r"x\.jsonl', line 1, has no text under 'text'"),
-        ('x.txt', b'a', 'fewer than 8 tokens'),
+        ('x.txt', b'a', 'fewer than max_seq_len=8 tokens'),
     ],
 )
 def test_wrong_files(tmp_path, name, content, message):
