@@ -1,7 +1,7 @@
 # Copyright 2026 composer_bema authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which algorithms can share a run with an average, and with each other."""
+"""Which algorithms and parallelisms can share a run with an average."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from composer import Algorithm
+from composer import Algorithm, State
 from composer.algorithms import EMA as ComposerEMA
 
 if TYPE_CHECKING:
     from composer_bema.algorithms.weight_averaging import WeightAveraging
 
-__all__ = ['check_algorithms']
+__all__ = ['check_algorithms', 'check_parallelism']
 
 
 def check_algorithms(averages: Sequence[WeightAveraging], algorithms: Sequence[Algorithm]) -> None:
@@ -32,6 +32,19 @@ def check_algorithms(averages: Sequence[WeightAveraging], algorithms: Sequence[A
             )
     for one, other in itertools.combinations(averages, 2):
         _check_pair(one, other)
+
+
+def check_parallelism(averages: Sequence[WeightAveraging], state: State) -> None:
+    """Checks that the parameters will be sharded in a way that the averages of a run can follow.
+
+    Raises:
+        ValueError: If they will not.
+    """
+    name = type(averages[0]).__name__
+    if state.tp_config is not None:
+        raise ValueError(f'{name} does not support tensor parallelism: leave tp out of the parallelism_config.')
+    if state.fsdp_config is not None and not state.fsdp_config.use_orig_params:
+        raise ValueError(f'{name} cannot average the fused parameters of FSDP: set use_orig_params to True.')
 
 
 def _check_pair(one: WeightAveraging, other: WeightAveraging) -> None:

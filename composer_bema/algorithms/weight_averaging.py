@@ -18,19 +18,17 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 from composer import Algorithm, Event, Logger, State, Time, TimeUnit
-from composer.utils import dist
 
 from composer_bema.algorithms import times
-from composer_bema.algorithms.checkpointing import (
-    AveragingCheckpoint,
+from composer_bema.algorithms.checkpointing import AveragingCheckpoint, check_entry_of_composers_ema
+from composer_bema.algorithms.coexistence import check_algorithms, check_parallelism
+from composer_bema.algorithms.savers import (
     Purpose,
     RestoreAfterFailedEvaluation,
-    has_buffers,
     has_failed_evaluation,
     may_save,
     prepare_savers,
 )
-from composer_bema.algorithms.coexistence import check_algorithms
 from composer_bema.averaging.parameters import copy_weights
 from composer_bema.averaging.rules import Rule
 from composer_bema.averaging.state import MODEL_HOLDS, AverageState, NonFinite
@@ -101,10 +99,9 @@ class WeightAveraging(Algorithm):
     def _forget_run(self) -> None:
         self.average = self._new_average()
         self.swapped_for: Optional[Purpose] = None
-        self.is_restored = False
+        self.was_in_loaded_model = False
         self._run: Optional[State] = None
         self._saves_average = False
-        self._loaded: Optional[dict[str, Any]] = None
         # The clocks of the run at the burn-in, from where update_freq counts, and at the last update.
         self._origin: dict[str, int] = {}
         self._last_update: dict[str, int] = {}
@@ -126,21 +123,30 @@ class WeightAveraging(Algorithm):
         handler(event, state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns tensors, numbers, strings, dicts and lists only, so that a restricted unpickler takes them."""
-        average = self.average.state_dict()
-        if not self.state_in_checkpoint:
-            average = {MODEL_HOLDS: average[MODEL_HOLDS]}
+        """Returns which weights the model holds; the average itself is in the entry of the `AveragingCheckpoint`."""
+        return {**super().state_dict(), MODEL_HOLDS: 'average' if self.average.swapped else 'training'}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_entry_of_composers_ema(state)
+        self.was_in_loaded_model = state.get(MODEL_HOLDS) == 'average'
+
+    # What its companion in the checkpoint calls
+
+    def saved_state(self) -> dict[str, Any]:
+        """Returns all that a resumed run needs: tensors, numbers and strings."""
         return {
-            **super().state_dict(),
+            'average': self.average.rule.average,
             'settings': self._settings,
             'origin': self._origin,
             'last_update': self._last_update,
-            'average': average,
+            **self.average.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the state until the model's weights are loaded and stand on their devices."""
-        self._loaded = state if has_buffers(state) else None
+    def restore(self, saved: dict[str, Any], state: State) -> None:
+        """Goes on from what :meth:`saved_state` returned, and puts the training weights into the model."""
+        self._warn_of_other_settings(saved)
+        self.average.load_state_dict(saved, state.model)
+        self._origin, self._last_update = saved['origin'], saved['last_update']
 
     # What users call
 
@@ -224,11 +230,11 @@ class WeightAveraging(Algorithm):
         state.model.register_state_dict_pre_hook(RestoreAfterFailedEvaluation(self))
         if self is averages[0]:
             check_algorithms(averages, state.algorithms)
-            state.callbacks.append(AveragingCheckpoint(averages))
+            check_parallelism(averages, state)
+            state.callbacks.append(AveragingCheckpoint(averages, state))
             prepare_savers(state.callbacks, averages)
 
     def _finish_loading(self, event: Event, state: State, logger: Logger) -> None:
-        self._take_loaded_state(state)
         if state.dataloader is not None:
             self._remember_train_data(state)
 
@@ -237,7 +243,6 @@ class WeightAveraging(Algorithm):
         self._come_last(state)
         self._return_train_data(state)
         self._remember_train_data(state)
-        self._take_loaded_state(state)
         self._check_against_run(state)
         if self.average.started:
             self._follow_reset_clocks(state)
@@ -263,26 +268,27 @@ class WeightAveraging(Algorithm):
 
     def _start_evaluation(self, event: Event, state: State, logger: Logger) -> None:
         """Puts the average in for an evaluator that sees it, and makes sure that no other one does."""
-        self._take_loaded_state(state)
         sees_average = self.eval_labels is None or state.dataloader_label in self.eval_labels
         if not (sees_average and self.average.num_updates):
             self.swap_out()
             return
         swap_out_all(state)
+        self.average.share_module_buffers()
         logger.log_metrics({f'{self._prefix}/distance': self.average.distance(state.model)})
         self._swap_in(state, 'evaluation')
 
     def _start_checkpoint(self, event: Event, state: State, logger: Logger) -> None:
-        if not (self._saves_average and self.average.num_updates):
+        """Puts the average in if this is the one that is saved, and somebody saves."""
+        averages = averages_among(state.algorithms)
+        saved = next((average for average in averages if average._saves_average and average.average.num_updates), None)
+        if self is not (saved or averages[0]):
             return
-        if any(may_save(callback, event, state) for callback in state.callbacks):
-            self._swap_in(state, 'checkpoint')
-            log.info(
-                'The %s weights (step %d, %d updates) are in the model for this checkpoint.',
-                self._name,
-                state.timestamp.batch.value,
-                self.average.num_updates,
-            )
+        savers = [type(callback).__name__ for callback in state.callbacks if may_save(callback, event, state)]
+        if savers:
+            if self is saved:
+                self._swap_in(state, 'checkpoint')
+            weights = f'the {self._name} weights' if self is saved else 'the training weights'
+            log.info('Step %d: the model holds %s for %s.', state.timestamp.batch.value, weights, ', '.join(savers))
 
     def _end(self, event: Event, state: State, logger: Logger) -> None:
         self.swap_out()
@@ -340,12 +346,6 @@ class WeightAveraging(Algorithm):
             self._origin = self._last_update = now
 
     def _check_against_run(self, state: State) -> None:
-        if state.fsdp_enabled and dist.get_world_size() > 1 and self.state_in_checkpoint:
-            # Composer stores what rank 0 has of an algorithm, and the other ranks' shards would be lost.
-            raise ValueError(
-                f'{self._name} cannot keep its state in the checkpoints of a sharded model: set '
-                'state_in_checkpoint=False, and save_weights="training" if the run is to be resumed.',
-            )
         for name, time in self._times().items():
             times.check_unit(name, time, state)
         if self.half_life is not None and self.half_life.unit == TimeUnit.EPOCH and state.dataloader_len is None:
@@ -368,15 +368,6 @@ class WeightAveraging(Algorithm):
                 f'ends after {length:g}.',
                 stacklevel=2,
             )
-
-    def _take_loaded_state(self, state: State) -> None:
-        if self._loaded is None:
-            return
-        saved, self._loaded = self._loaded, None
-        self._warn_of_other_settings(saved)
-        self.average.load_state_dict(saved['average'], state.model)
-        self._origin, self._last_update = dict(saved['origin']), dict(saved['last_update'])
-        self.is_restored = True
 
     def _warn_of_other_settings(self, saved: dict[str, Any]) -> None:
         old = saved['settings']

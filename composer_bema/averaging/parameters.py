@@ -11,6 +11,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from composer_bema.averaging.sharding import Shard, reshard, shards_by_id
+
 __all__ = [
     'canonical_names',
     'copy_weights',
@@ -20,6 +22,7 @@ __all__ = [
     'named_parameters',
     'named_persistent_buffers',
     'named_tensors',
+    'parameter_shards',
 ]
 
 # Path components that FSDP1, torch.compile and activation checkpointing put into names.
@@ -42,7 +45,11 @@ def canonical_names(model: torch.nn.Module, names: list[str]) -> list[str]:
 
 
 def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Returns every parameter, trainable or not, by canonical name; tied parameters appear once."""
+    """Returns every parameter, trainable or not, by canonical name; tied parameters appear once.
+
+    Of a model under FSDP they are the shards, whatever the last forward pass has left gathered.
+    """
+    reshard(model)
     return _by_canonical_name(model, dict(model.named_parameters()))
 
 
@@ -62,6 +69,16 @@ def named_persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Returns the parameters and persistent module buffers of a model by canonical name."""
     return {**named_parameters(model), **named_persistent_buffers(model)}
+
+
+def parameter_shards(model: torch.nn.Module) -> dict[str, Shard]:
+    """Returns the part held here of each parameter that FSDP manages, by canonical name; others are whole.
+
+    Raises:
+        ValueError: If parameters are sharded in a way that is not FSDP's.
+    """
+    shards = shards_by_id(model)
+    return {n: shards[id(p)] for n, p in named_parameters(model).items() if id(p) in shards}
 
 
 def matching_tensors(
@@ -101,12 +118,14 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     Raises:
         ValueError: If ``target`` lacks one of them or has it in another shape. Nothing is changed then.
     """
-    sources, targets = named_tensors(source), named_tensors(target)
+    sources, targets = (
+        {name: local_tensor(tensor) for name, tensor in named_tensors(model).items()} for model in (source, target)
+    )
     for name, tensor in sources.items():
         if name not in targets or targets[name].shape != tensor.shape:
             raise ValueError(f"The model to copy weights to has no tensor '{name}' of the shape {tuple(tensor.shape)}.")
     for name, tensor in sources.items():
-        local_tensor(targets[name]).copy_(local_tensor(tensor))
+        targets[name].copy_(tensor)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

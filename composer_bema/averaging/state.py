@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
@@ -14,6 +15,7 @@ import torch
 import torch.distributed
 
 from composer_bema.averaging import kernels
+from composer_bema.averaging.digests import digests_of
 from composer_bema.averaging.parameters import (
     canonical_names,
     first_names,
@@ -22,11 +24,13 @@ from composer_bema.averaging.parameters import (
     named_parameters,
     named_persistent_buffers,
     named_tensors,
+    parameter_shards,
 )
 from composer_bema.averaging.rules import Latest, Rule
+from composer_bema.averaging.sharding import FlatShard, Shard, gather, local_part, share, sum_over_ranks
 from composer_bema.averaging.swapping import Swap
 
-__all__ = ['BUFFERS', 'MODEL_HOLDS', 'TRAINING_WEIGHTS', 'AverageState', 'NonFinite']
+__all__ = ['BUFFERS', 'DIGESTS', 'MODEL_HOLDS', 'TRAINING_WEIGHTS', 'AverageState', 'NonFinite']
 
 NonFinite = Literal['raise', 'skip', 'ignore']
 
@@ -34,6 +38,7 @@ NonFinite = Literal['raise', 'skip', 'ignore']
 BUFFERS = 'buffers'
 TRAINING_WEIGHTS = 'training_weights'
 MODEL_HOLDS = 'model_holds'
+DIGESTS = 'digests'
 
 
 @dataclass
@@ -88,6 +93,7 @@ class AverageState:
         self.num_updates = 0
         self.num_skipped = 0
         self._groups: list[_Group] = []
+        self._shards: dict[str, Shard] = {}
         self._swap: Optional[Swap] = None
 
     @property
@@ -106,6 +112,7 @@ class AverageState:
         averaged = self._averaged_tensors(model)
         if not averaged[0][1]:
             raise ValueError('The model has no trainable parameters, so there is nothing to average.')
+        self._shards = parameter_shards(model)
         self._groups = [
             _Group(rule, {name: self._snapshot(tensors, name in rule.constants) for name in rule.buffers})
             for rule, tensors in averaged
@@ -146,10 +153,17 @@ class AverageState:
         return self._kept_average() if self._swap is None else self._swap.average()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Returns a copy of the state dict of ``model`` with the average in it, by canonical name, in its dtypes."""
+        """Returns a copy of the state dict of ``model`` with the average in it, by canonical name, in its dtypes.
+
+        Of a sharded model the tensors are whole and in host memory, and rank 0 alone gets them; the others get an
+        empty dict.
+        """
         self._require_update()
-        state = model.state_dict()
         average, first = self.average(), first_names(model)
+        if self._shards:
+            wholes = self._gathered_average(model)
+            return {n: wholes[name] for n, name in first.items() if name in wholes}
+        state = model.state_dict()
         averaged = {}
         for n, value in zip(canonical_names(model, list(state)), state.values(), strict=True):
             averaged[n] = value
@@ -215,48 +229,70 @@ class AverageState:
         self._require_training_weights('distance')
         average = self._groups[0].average
         live = matching_tensors(average, named_tensors(model))
-        return kernels.distance(list(live.values()), [average[n] for n in live])
+        whole = [n for n in live if n not in self._shards]
+        distance = kernels.distance([live[n] for n in whole], [average[n] for n in whole])
+        if not self._shards:
+            return distance
+        held = [n for n in live if n in self._shards and self._shards[n].is_first_replica]
+        local = kernels.distance([live[n] for n in held], [average[n] for n in held])
+        [squares] = sum_over_ranks([local**2], next(iter(live.values())).device)
+        return math.hypot(distance, math.sqrt(squares))
+
+    def share_module_buffers(self) -> None:
+        """Gives every rank the averages of module buffers that rank 0 has: statistics are of each rank's own data.
+
+        Every rank has to call it.
+        """
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            share([tensor for group in self._groups[1:] for tensor in group.average.values()])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the buffers and counters: tensors, numbers and strings, without copying a tensor.
+        """Returns the buffers, their digests and the counters: tensors, numbers and strings, without copying a tensor.
 
-        While swapped the training weights are part of it, and the average is the model's own memory, so that a file
-        that holds both stores it once.
+        While swapped the training weights are part of it, and of the average only what the model does not hold bit for
+        bit: the model's own state dict has to be saved beside it. Sharded tensors are `FlatShard`, which
+        ``torch.distributed.checkpoint`` saves and loads.
         """
-        average = self.average()
-        buffers: dict[str, dict[str, torch.Tensor]] = {}
-        for group in self._groups:
-            for name, kept in group.buffers.items():
-                is_average = name == group.rule.average
-                buffers.setdefault(name, {}).update({n: average[n] if is_average else t for n, t in kept.items()})
         state = {
             'num_updates': self.num_updates,
             'num_skipped': self.num_skipped,
-            MODEL_HOLDS: 'average' if self.swapped else 'training',
-            BUFFERS: buffers,
+            DIGESTS: digests_of(self._tensors()),
         }
-        if self._swap is not None:
-            state[TRAINING_WEIGHTS] = self._swap.training_weights()
-        return state
+        if self._swap is None:
+            return {**state, MODEL_HOLDS: 'training', BUFFERS: self._tensors()}
+        tensors = self._tensors(omitted=self._swap.in_model)
+        training_weights = tensors.pop(TRAINING_WEIGHTS)
+        return {**state, MODEL_HOLDS: 'average', BUFFERS: tensors, TRAINING_WEIGHTS: training_weights}
 
     def load_state_dict(self, state: Mapping[str, Any], model: torch.nn.Module) -> None:
         """Restores what :meth:`state_dict` returned, and puts the training weights into ``model`` if it says so.
 
         Args:
-            state (Mapping[str, Any]): The saved state. Its tensors are copied.
+            state (Mapping[str, Any]): The saved state. Its tensors are copied; they are whole, or this rank's shards.
             model (torch.nn.Module): The model, under any wrapping, holding the weights saved beside the state.
 
         Raises:
-            ValueError: If a buffer, a tensor's name or a shape is missing, unexpected or different. Nothing is changed
-                then.
+            ValueError: If a buffer, a tensor's name or a shape is missing, unexpected or different, or values are not
+                those that were saved. Nothing is changed then.
         """
         self._require_training_weights('load_state_dict')
         counters = state['num_updates'], state['num_skipped']
-        groups = self._loaded_groups(state[BUFFERS], model) if state[BUFFERS] else []
-        if state[MODEL_HOLDS] == 'average':
-            with torch.no_grad():
-                self._copy(state[TRAINING_WEIGHTS], model)
-        self._groups = groups
+        shards, named = parameter_shards(model), named_tensors(model)
+        saved = _all_tensors(state, named, shards)
+        local = {
+            name: {
+                n: local_part(t, local_tensor(named[n]), shards.get(n)) if n in named else t for n, t in group.items()
+            }
+            for name, group in saved.items()
+        }
+        for group in local.values():
+            matching_tensors(group, named)
+        _check_digests(saved, state[DIGESTS])
+        training_weights = local.pop(TRAINING_WEIGHTS, {})
+        groups = self._loaded_groups(local, model) if local else []
+        with torch.no_grad():
+            self._copy(training_weights, model)
+        self._groups, self._shards = groups, shards
         self.num_updates, self.num_skipped = counters
 
     def _averaged_tensors(self, model: torch.nn.Module) -> list[tuple[Rule, dict[str, torch.Tensor]]]:
@@ -270,7 +306,39 @@ class AverageState:
     @torch.no_grad()
     def _snapshot(self, tensors: Mapping[str, torch.Tensor], constant: bool) -> dict[str, torch.Tensor]:
         """Returns copies of ``tensors`` as a buffer keeps them."""
-        return {n: self._kept(t, _lossless_dtype(t) if constant else _buffer_dtype(t), t) for n, t in tensors.items()}
+        narrow = self._fit_in_16_bits(tensors) if constant else {}
+        return {n: self._kept(t, narrow.get(n, _buffer_dtype(t)), t) for n, t in tensors.items()}
+
+    def _fit_in_16_bits(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
+        """Returns the dtypes of those tensors that 16 bits hold exactly: on all ranks, or shards would not fit."""
+        candidates = {n: t for n, t in tensors.items() if t.is_floating_point()}
+        loses = [int(not kernels.is_exact_in(t, _narrow_dtype(t))) for t in candidates.values()]
+        if self._shards and candidates:
+            loses = sum_over_ranks(loses, next(iter(candidates.values())).device)
+        return {n: _narrow_dtype(t) for (n, t), lossy in zip(candidates.items(), loses, strict=True) if not lossy}
+
+    def _tensors(self, omitted: Collection[str] = ()) -> dict[str, dict[str, torch.Tensor]]:
+        """Returns every tensor of the state as it is saved, by the buffer's name, without the averages ``omitted``."""
+        average = self.average()
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for group in self._groups:
+            for name, kept in group.buffers.items():
+                if name == group.rule.average:
+                    kept = {n: average[n] for n in kept if n not in omitted}
+                tensors.setdefault(name, {}).update(_flat_shards(kept, self._shards))
+        if self._swap is not None:
+            tensors[TRAINING_WEIGHTS] = _flat_shards(self._swap.training_weights(), self._shards)
+        return tensors
+
+    def _gathered_average(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Returns all tensors of a sharded model, whole, with the average among them; on rank 0 only."""
+        average = self.average()
+        live = {n: local_tensor(tensor) for n, tensor in named_tensors(model).items()}
+        values = _flat_shards({n: average.get(n, t).to(t.dtype) for n, t in live.items()}, self._shards)
+        wholes = gather({n: t for n, t in values.items() if isinstance(t, FlatShard)})
+        if torch.distributed.get_rank() != 0:
+            return {}
+        return {n: wholes[n] if n in wholes else values[n].to('cpu', copy=True) for n in values}
 
     def _kept(self, tensor: torch.Tensor, dtype: torch.dtype, live: torch.Tensor) -> torch.Tensor:
         """Returns a copy where the buffers of ``live`` are kept; host memory is pinned for an accelerator's weights."""
@@ -391,11 +459,47 @@ def _buffer_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32) if _is_inexact(tensor) else tensor.dtype
 
 
-def _lossless_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The smallest dtype that holds the values exactly, for a buffer that no update writes to."""
-    if not tensor.is_floating_point() or tensor.element_size() <= 2:
-        return tensor.dtype
-    return torch.bfloat16 if kernels.is_exact_in(tensor, torch.bfloat16) else _buffer_dtype(tensor)
+def _narrow_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of at most 16 bits that may hold the values exactly, for a buffer that no update writes to."""
+    return tensor.dtype if tensor.element_size() <= 2 else torch.bfloat16
+
+
+def _flat_shards(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
+    return {n: FlatShard(tensor, shards[n]) if n in shards else tensor for n, tensor in tensors.items()}
+
+
+def _all_tensors(
+    state: Mapping[str, Any],
+    named: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard],
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the tensors of a saved state, with those among them that were saved as the model's own."""
+    saved = {name: dict(group) for name, group in state[BUFFERS].items()}
+    if state[MODEL_HOLDS] == 'average':
+        saved[TRAINING_WEIGHTS] = dict(state[TRAINING_WEIGHTS])
+    for name, group in state[DIGESTS].items():
+        for n in group:
+            if n in saved.get(name, {}):
+                continue
+            if state[MODEL_HOLDS] != 'average':
+                raise ValueError(f"The saved average lacks the values of '{n}' in '{name}'.")
+            if n not in named:
+                raise ValueError(f"The average has a tensor '{n}' that the model lacks.")
+            saved.setdefault(name, {}).update(_flat_shards({n: local_tensor(named[n])}, shards))
+    return saved
+
+
+def _check_digests(
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    saved: Mapping[str, Mapping[str, int]],
+) -> None:
+    for name, digests in digests_of(tensors).items():
+        for n, value in digests.items():
+            if saved.get(name, {}).get(n) != value:
+                raise ValueError(
+                    f"The values of '{n}' in '{name}' are not those that were saved: the file is damaged, or the model "
+                    'does not hold the weights that were saved with the average.',
+                )
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

@@ -63,6 +63,11 @@ class Swap:
             _exchange(live[n], resting[n])
             self._exchanged.pop()
 
+    @property
+    def in_model(self) -> frozenset[str]:
+        """The names of which the model holds the average exactly."""
+        return frozenset(self._exchanged)
+
     def training_weights(self) -> dict[str, torch.Tensor]:
         """Returns the training weights, where they rest."""
         return {**self._stash, **{n: self._average[n] for n in self._exchanged}}

@@ -3,6 +3,7 @@
 
 """What a checkpoint holds, and that a run resumed from it goes on as if it had never stopped."""
 
+import numpy as np
 import pytest
 import torch
 from composer import Callback, Event
@@ -12,6 +13,8 @@ from composer.models import ComposerClassifier
 from composer.utils import create_interval_scheduler
 
 from composer_bema import BEMA, EMA
+from composer_bema.algorithms.weight_averaging import averages_among
+from composer_bema.formats.entries import unpack_entry
 from tests.algorithms.runs import Record, make_classifier, make_evaluator, make_trainer, same, weights_of
 
 
@@ -40,9 +43,14 @@ def run(*algorithms, **kwargs):
     end = {
         'model': weights_of(trainer.state.model),
         'optimizer': trainer.state.optimizers[0].state_dict()['state'],
-        'algorithms': [algorithm.state_dict() for algorithm in algorithms],
+        'averages': [algorithm.saved_state() for algorithm in averages_among(algorithms)],
     }
     return end, losses.seen
+
+
+def entry_of(path, name='BEMA'):
+    """What a monolithic checkpoint holds of an average."""
+    return unpack_entry(torch.load(path, weights_only=False)['state']['callbacks']['AveragingCheckpoint'][name])
 
 
 def assert_equal(one, other, path=''):
@@ -85,10 +93,10 @@ def test_a_run_that_is_resumed_without_its_state_differs(tmp_path):
     """The control of the test above: equality there is not for want of a difference."""
     whole, _ = run(BEMA('4ba', '7ba', save_weights='training'), save_folder=str(tmp_path), save_interval='11ba')
     with pytest.warns(UserWarning, match='BEMA starts anew from the weights of step 11'):
-        path, ignored = str(tmp_path / 'ep0-ba11-rank0.pt'), ['state/algorithms*']
+        path, ignored = str(tmp_path / 'ep0-ba11-rank0.pt'), ['state/callbacks/AveragingCheckpoint*']
         resumed, _ = run(BEMA('4ba', '7ba', save_weights='training'), load_path=path, load_ignore_keys=ignored)
     assert_equal(resumed['model'], whole['model'])
-    assert resumed['algorithms'][0]['average']['num_updates'] == whole['algorithms'][0]['average']['num_updates'] - 1
+    assert resumed['averages'][0]['num_updates'] == whole['averages'][0]['num_updates'] - 1
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,7 @@ def test_a_run_that_is_resumed_without_its_state_differs(tmp_path):
     [
         (lambda: [EMA('2ba', eval_labels=[])], {}),
         (lambda: [EMA('2ba')], {}),
-        (lambda: [BEMA('4ba')], {'load_ignore_keys': ['state/algorithms*']}),
+        (lambda: [BEMA('4ba')], {'load_ignore_keys': ['state/callbacks/*']}),
     ],
 )
 def test_nobody_trains_on_from_an_average_unawares(tmp_path, algorithms, kwargs):
@@ -117,8 +125,7 @@ def test_a_save_interval_with_a_memory_is_asked_once(tmp_path):
     run(bema, save_folder=str(tmp_path), save_interval=every_fifth_question, max_duration='12ba', eval_dataloader=None)
     assert len(asked) == 12 + 1
     assert sorted(path.name for path in tmp_path.glob('ep*')) == ['ep0-ba10-rank0.pt', 'ep0-ba5-rank0.pt']
-    saved = torch.load(tmp_path / 'ep0-ba5-rank0.pt', weights_only=False)['state']
-    assert dict(saved['algorithms'])['BEMA']['average']['model_holds'] == 'average'
+    assert entry_of(tmp_path / 'ep0-ba5-rank0.pt')['model_holds'] == 'average'
 
 
 def test_a_saver_that_decides_for_itself_finds_the_average():
@@ -148,25 +155,24 @@ def test_a_checkpoint_holds_the_average_and_the_training_weights(tmp_path):
     average = Record(lambda state: bema.averaged_state_dict() if bema.average.num_updates else None, Event.BATCH_END)
     run(bema, save_folder=str(tmp_path), save_interval='6ba', callbacks=[training, average], max_duration='12ba')
     state = torch.load(tmp_path / 'ep0-ba6-rank0.pt', weights_only=False)['state']
-    ((name, entry),) = state['algorithms']
-    assert (name, entry['average']['model_holds']) == ('BEMA', 'average')
+    assert dict(state['algorithms'])['BEMA']['model_holds'] == 'average'
+    entry = entry_of(tmp_path / 'ep0-ba6-rank0.pt')
+    assert entry['model_holds'] == 'average'
     assert_equal(dict(state['model']), average.seen[6])
-    assert same(
-        entry['average']['training_weights'], {n: training.seen[6][n] for n in entry['average']['training_weights']}
-    )
-    assert entry['average']['buffers'].keys() == {'theta_0', 'ema', 'bema', 'latest'}
-    # The average is in the file once, although it stands under two keys.
-    bias = 'module.7.bias'
-    pointers = [tensor.data_ptr() for tensor in (state['model'][bias], entry['average']['buffers']['bema'][bias])]
-    assert pointers[0] == pointers[1]
+    assert same(entry['training_weights'], {n: training.seen[6][n] for n in entry['training_weights']})
+    assert entry['buffers'].keys() == {'theta_0', 'ema'}
+    assert entry['digests'].keys() == {'theta_0', 'ema', 'bema', 'latest', 'training_weights'}
+    # What the model holds is not in the file a second time.
+    assert 'module.7.bias' in entry['buffers']['ema'] and 'module.1.running_mean' not in entry['buffers']['ema']
 
 
-def test_what_an_algorithm_stores_needs_no_pickle(tmp_path):
-    bema, ema = BEMA('2ba', eval_labels=[], save_weights='average'), EMA('2ba', eval_labels=[])
-    run(bema, ema, max_duration='4ba')
-    torch.save([bema.state_dict(), ema.state_dict()], tmp_path / 'entries.pt')
-    loaded = torch.load(tmp_path / 'entries.pt', weights_only=True)
-    assert_equal(loaded, [bema.state_dict(), ema.state_dict()])
+def test_what_an_average_stores_needs_no_pickle(tmp_path):
+    averages = BEMA('2ba', lag=np.int64(10), eval_labels=[], save_weights='average'), EMA('2ba', eval_labels=[])
+    run(*averages, max_duration='4ba', save_folder=str(tmp_path))
+    saved = torch.load(tmp_path / 'ep0-ba4-rank0.pt', weights_only=False)['state']
+    entries = [saved['callbacks']['AveragingCheckpoint'], dict(saved['algorithms'])['BEMA']]
+    torch.save(entries, tmp_path / 'entries.pt')
+    assert_equal(torch.load(tmp_path / 'entries.pt', weights_only=True), entries)
 
 
 class Saver(Callback):
@@ -271,11 +277,11 @@ def test_without_its_state_a_checkpoint_of_the_average_cannot_be_resumed(tmp_pat
     for save_weights in ('average', 'training'):
         bema = BEMA('4ba', state_in_checkpoint=False, save_weights=save_weights)
         run(bema, save_folder=str(tmp_path / save_weights), max_duration='6ba')
-    sizes = {}
+    entries = {}
     for save_weights in ('average', 'training'):
         path = tmp_path / save_weights / 'ep0-ba6-rank0.pt'
-        sizes[save_weights] = torch.load(path, weights_only=False)['state']['algorithms'][0][1]['average']
-    assert sizes == {'average': {'model_holds': 'average'}, 'training': {'model_holds': 'training'}}
+        entries[save_weights] = torch.load(path, weights_only=False)['state']['callbacks']['AveragingCheckpoint']
+    assert entries == {'average': {'model_holds': 'BEMA'}, 'training': {'model_holds': 'training'}}
     with pytest.raises(ValueError, match='model in the checkpoint holds the BEMA weights, .* load_weights_only=True'):
         make_trainer(BEMA('4ba'), load_path=str(tmp_path / 'average' / 'ep0-ba6-rank0.pt'))
     trainer = make_trainer(BEMA('4ba'), load_path=str(tmp_path / 'training' / 'ep0-ba6-rank0.pt'))
@@ -291,8 +297,8 @@ def test_new_settings_win_over_the_saved_ones(tmp_path):
     with pytest.warns(UserWarning, match=r"update_freq='8sp' \(saved: '4ba'\), bias_power=0.1 \(saved: 0.2\)"):
         trainer = make_trainer(bema, load_path=path)
     kept = {n: t.clone() for n, t in bema.average.average().items()}
-    saved = torch.load(path, weights_only=False)['state']['algorithms'][0][1]['average']['buffers']
-    assert all(torch.equal(kept[n], saved['bema'][n]) for n in saved['bema'])
+    saved = torch.load(path, weights_only=False)['state']['model']
+    assert all(torch.equal(kept[n], saved[n]) for n in kept)
     trainer.fit()
     trainer.close()
     assert bema.average.num_updates == 2 + 16

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from composer_bema.averaging import BEMA, EMA, AverageState, ConstantDecay, bema_rule, ema_rule, kernels
+from composer_bema.averaging.digests import digests_of
+from composer_bema.averaging.sharding import FlatShard
 
 ALPHA, BETA = 0.5, 0.25
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,7 +64,11 @@ def clone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def buffers_of(state: AverageState) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: clone(tensors) for name, tensors in state.state_dict()['buffers'].items()}
+    return {name: clone(local_values(tensors)) for name, tensors in state.state_dict()['buffers'].items()}
+
+
+def local_values(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t.local.view(t.shard.shape) if isinstance(t, FlatShard) else t for n, t in tensors.items()}
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -846,7 +852,7 @@ def test_a_state_travels_through_a_plain_file(make_mlp, name, swapped):
 
 
 def test_a_file_written_while_swapped_holds_the_average_once(make_mlp):
-    """The model's entry and the state's are one storage: a swapped file is no larger than an unswapped one."""
+    """The state leaves out what the model holds: a swapped file is no larger than an unswapped one."""
     model = make_mlp()
     state = averaging(model)
     sizes = []
@@ -858,8 +864,7 @@ def test_a_file_written_while_swapped_holds_the_average_once(make_mlp):
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         sizes.append(sum(storages.values()))
     assert sizes[0] == sizes[1]
-    model_pointer = file['model']['4.weight'].untyped_storage().data_ptr()
-    assert model_pointer == file['state']['buffers']['bema']['4.weight'].untyped_storage().data_ptr()
+    assert '4.weight' not in file['state']['buffers']['bema']
 
 
 def test_a_state_dict_copies_nothing(make_mlp):
@@ -962,6 +967,13 @@ def edited(state: AverageState, edit: Callable[[dict[str, Any]], Any]) -> dict[s
     return saved
 
 
+def saved_elsewhere(state: AverageState, edit: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """What another model's state would be: its digests are those of its tensors."""
+    saved = edited(state, edit)
+    saved['digests'] = digests_of({**saved['buffers'], 'training_weights': saved.get('training_weights', {})})
+    return saved
+
+
 @pytest.mark.parametrize(
     ('edit', 'message'),
     [
@@ -992,7 +1004,7 @@ def edited(state: AverageState, edit: Callable[[dict[str, Any]], Any]) -> dict[s
 )
 def test_a_state_of_another_model_is_an_error_that_changes_nothing(make_mlp, edit, message):
     model = make_mlp()
-    saved = edited(averaging(model), edit)
+    saved = saved_elsewhere(averaging(model), edit)
     state = averaging(model, updates=1)
     before = weights_of(model), buffers_of(state), state.num_updates
     with pytest.raises(ValueError, match=message):
@@ -1002,7 +1014,37 @@ def test_a_state_of_another_model_is_an_error_that_changes_nothing(make_mlp, edi
     assert state.num_updates == before[2]
 
 
-@pytest.mark.parametrize('key', ['buffers', 'model_holds', 'num_updates', 'num_skipped'])
+@pytest.mark.parametrize(
+    ('edit', 'message'),
+    [
+        (lambda saved: saved['buffers']['ema']['4.weight'].view(-1)[3].neg_(), "values of '4.weight' in 'ema' are not"),
+        (lambda saved: saved['buffers']['latest']['1.num_batches_tracked'].add_(1), "'1.num_batches_tracked' in 'lat"),
+        (lambda saved: saved['buffers']['theta_0'].pop('4.weight'), "lacks the values of '4.weight' in 'theta_0'"),
+        (lambda saved: saved['digests']['ema'].pop('4.weight'), "values of '4.weight' in 'ema' are not"),
+        (lambda saved: saved['digests'].pop('theta_0'), "in 'theta_0' are not"),
+    ],
+)
+def test_a_damaged_state_is_an_error_that_changes_nothing(make_mlp, edit, message):
+    model = make_mlp()
+    saved = edited(averaging(model), edit)
+    state = averaging(model, updates=1)
+    before = buffers_of(state)
+    with pytest.raises(ValueError, match=message):
+        state.load_state_dict(saved, model)
+    assert_same(buffers_of(state), before)
+
+
+def test_another_model_than_the_one_saved_while_swapped_is_an_error(make_mlp):
+    """What the state leaves out is the model's, which has to be the one that was saved."""
+    model = make_mlp()
+    state = averaging(model)
+    with state.applied_to(model):
+        saved = saved_and_loaded(state.state_dict())
+    with pytest.raises(ValueError, match="ema' are not those that were saved.*the model does not hold the weights"):
+        make_state().load_state_dict(saved, make_mlp(seed=5))
+
+
+@pytest.mark.parametrize('key', ['buffers', 'digests', 'model_holds', 'num_updates', 'num_skipped'])
 def test_a_state_that_lacks_an_entry_changes_nothing(make_mlp, key):
     model = make_mlp()
     saved = edited(averaging(model), lambda saved: saved.pop(key))
@@ -1164,8 +1206,11 @@ def test_a_sharded_model_is_averaged_shard_by_shard(dtype):
         for name, parameter in sharded.named_parameters():
             assert bits(parameter.to_local()) == bits(whole.get_parameter(name))
     resumed = make_state()
-    resumed.load_state_dict(saved_and_loaded(states[1].state_dict()), sharded)
+    resumed.load_state_dict(states[1].state_dict(), sharded)
     assert_same(buffers_of(resumed), buffers_of(states[0]))
+    resumed.load_state_dict(saved_and_loaded(states[0].state_dict()), sharded)
+    assert_same(buffers_of(resumed), buffers_of(states[0]))
+    assert_same(states[1].averaged_state_dict(sharded), states[0].averaged_state_dict(whole))
     with torch.no_grad():
         sharded.bias.to_local()[5] = math.nan
     with pytest.raises(FloatingPointError, match="'bias' holds a NaN"):
