@@ -89,6 +89,31 @@ def convert(
     click.echo(f"Wrote {count} samples to '{out_root}'.")
 
 
+@main.command()
+@click.argument('checkpoint', type=click.Path())
+@click.option('--out', required=True, type=click.Path(), help='The folder to make.')
+@click.option(
+    '--weights',
+    default='average',
+    show_default=True,
+    help="'average', 'training', a buffer of the average such as 'ema' or 'theta_0', or 'model': what the checkpoint's "
+    'model holds, whichever it is.',
+)
+@click.option('--average', help="Which average, by its class ('BEMA'), where the run had several.")
+@click.option(
+    '--precision',
+    type=click.Choice(['float32', 'bfloat16', 'float16']),
+    help="The dtype to write.  [default: the model's]",
+)
+def export(checkpoint: str, out: str, weights: str, average: str | None, precision: str | None) -> None:
+    """Write weights of a Composer CHECKPOINT (a file, or a folder of a sharded one) as a Hugging Face folder."""
+    from composer_bema.offline.export import export as export_checkpoint
+
+    _show_log(None)
+    export_checkpoint(checkpoint, out, weights=weights, average=average, precision=precision)
+    click.echo(f"Wrote the {weights} weights of '{checkpoint}' to '{out}'.")
+
+
 def _show_log(level: str | None) -> None:
     """Show our log from ``level`` on; unless told, what preparing a run has to say, and of the rest warnings only."""
     logging.basicConfig(format='%(levelname)s: %(message)s')

@@ -22,8 +22,8 @@ LICENCE = '# Copyright 2026 composer_bema authors\n# SPDX-License-Identifier: Ap
 FLOORS = (
     {'version'},
     {'averaging'},
-    {'functional'},
-    {'algorithms', 'plots'},
+    {'functional', 'formats'},
+    {'algorithms', 'offline', 'plots'},
     {'training'},
     {'cli'},
 )

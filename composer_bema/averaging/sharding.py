@@ -219,6 +219,9 @@ def _dtensor_shard(name: str, parameter: DTensor) -> Shard:
 
 
 def _holds_full_parameters(handle: Any) -> bool:
+    if not hasattr(handle.flat_param, '_full_param_padded'):
+        # FSDP makes room for full parameters in the first forward pass.
+        return False
     return not handle.is_sharded(handle.flat_param) or not handle.needs_unshard()
 
 

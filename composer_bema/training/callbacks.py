@@ -3,9 +3,9 @@
 
 """Callbacks of our own that a YAML can name."""
 
-import shutil
-import tempfile
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer.core import Callback, Event, State, Time
@@ -13,9 +13,11 @@ from composer.loggers import Logger
 from composer.models import HuggingFaceModel
 from composer.utils import create_interval_scheduler, dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from composer_bema.averaging.parameters import canonical_names
+from composer_bema.formats.huggingface import model_without_memory, new_folder, write_adapter, write_model
+from composer_bema.formats.tensors import LazyTensor
 
 __all__ = ['HuggingFaceCheckpointer']
 
@@ -62,33 +64,26 @@ class HuggingFaceCheckpointer(Callback):
         if dist.get_global_rank() == 0:
             names = canonical_names(composer_model.model, list(gathered))
             weights = {
-                name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+                name: LazyTensor.of(tensor).to(self.dtype)
                 for name, tensor in zip(names, gathered.values(), strict=True)
                 if isinstance(tensor, torch.Tensor)
             }
-            self._write(composer_model, weights, folder)
+            with new_folder(folder, replace=True) as unfinished:
+                _write(composer_model, weights, unfinished)
         dist.barrier()
 
-    def _write(self, composer_model: HuggingFaceModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        model = composer_model.model
-        if composer_model.config.tie_word_embeddings:
-            # Casting has made a copy of the embedding for each of its names.
-            for name in getattr(model, '_tied_weights_keys', None) or ():
-                weights.pop(name, None)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
-        try:
-            model.save_pretrained(str(unfinished), state_dict=weights)
-            if not composer_model.using_peft:
-                # save_pretrained notes the dtype of the model at hand, not that of the weights it is given.
-                config = AutoConfig.from_pretrained(unfinished)
-                config.torch_dtype = self.dtype
-                config.save_pretrained(unfinished)
-            if composer_model.tokenizer is not None:
-                composer_model.tokenizer.save_pretrained(unfinished)
-            unfinished.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+
+def _write(composer_model: HuggingFaceModel, weights: dict[str, LazyTensor], folder: Path) -> None:
+    model: Any = composer_model.model
+    if composer_model.using_peft:
+        write_adapter(folder, model, weights)
+    else:
+        model = model.module if isinstance(model, FullyShardedDataParallel) else model
+        # The class without what FSDP2 makes of it.
+        model_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+        bare = model_without_memory(model_class, model.config)
+        if bare is not None and model.can_generate():
+            bare.generation_config = model.generation_config
+        write_model(folder, json.loads(model.config.to_json_string()), weights, bare)
+    if composer_model.tokenizer is not None:
+        composer_model.tokenizer.save_pretrained(folder)

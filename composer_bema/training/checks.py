@@ -4,11 +4,12 @@
 """Everything about a run's settings that can be checked before anything is built or downloaded."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from composer.core import Precision, Time
-from composer.utils import FSDPConfig, dist
+from composer.utils import FSDP2Config, FSDPConfig, dist
 from torch.distributed.fsdp import ShardingStrategy
 
 from composer_bema.algorithms.coexistence import check_algorithms
@@ -52,13 +53,11 @@ def check_config(config: TrainConfig) -> None:
     _check_eval_labels(config)
     _check_choice(config.precision, [precision.value for precision in Precision], 'precision')
     _check_choice((config.python_log_level or 'info').upper(), LOG_LEVELS, 'python_log_level')
-    if config.fsdp_config:
-        known = [field.name for field in dataclasses.fields(FSDPConfig) if field.init]
-        reject_unknown(config.fsdp_config, known, 'fsdp_config')
-        strategy = config.fsdp_config.get('sharding_strategy')
-        _check_choice(strategy, list(ShardingStrategy.__members__), 'fsdp_config.sharding_strategy')
+    _check_fsdp(config.fsdp_config or {})
     if config.autoresume and config.save_folder is None:
         raise ConfigError('autoresume needs save_folder, where it looks for the last checkpoint.')
+    if config.autoresume and config.save_weights_only:
+        raise ConfigError('autoresume needs more than save_weights_only=true saves: set one of them to false.')
 
 
 def device_batch_size(config: TrainConfig) -> int:
@@ -93,6 +92,16 @@ def build_named(kind: str, sections: Mapping[str, Any] | None) -> list[Any]:
         build(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
         for name, arguments in (sections or {}).items()
     ]
+
+
+def _check_fsdp(settings: Mapping[str, Any]) -> None:
+    # Composer reads this variable when it builds the Trainer, and ignores keys of the other version with a warning.
+    if os.environ.get('FSDP_VERSION', '1') == '2':
+        reject_unknown(settings, FSDP2Config.settable_attrs(), 'fsdp_config')
+        return
+    reject_unknown(settings, [field.name for field in dataclasses.fields(FSDPConfig) if field.init], 'fsdp_config')
+    strategy = settings.get('sharding_strategy')
+    _check_choice(strategy, list(ShardingStrategy.__members__), 'fsdp_config.sharding_strategy')
 
 
 def _check_time(value: Any, path: str) -> None:

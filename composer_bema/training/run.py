@@ -3,14 +3,16 @@
 
 """A training run from its settings: build everything they name, fit, and report."""
 
+import logging
 from typing import Any
 
 import torch
 import transformers
 from composer.models import HuggingFaceModel
 from composer.trainer import Trainer
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import dist, format_name_with_dist, get_device, is_uri, reproducibility
 
+from composer_bema.formats.completeness import newest_complete_checkpoint
 from composer_bema.training.checks import build_named, check_config, device_batch_size
 from composer_bema.training.config import ConfigError, TrainConfig
 from composer_bema.training.data.packing import keeps_documents_apart
@@ -20,6 +22,8 @@ from composer_bema.training.registry import build, find_builder, split_name
 from composer_bema.training.tokenizers import build_tokenizer
 
 __all__ = ['build_trainer', 'train']
+
+log = logging.getLogger(__name__)
 
 # Settings that the Trainer takes as they are, under the same name.
 TRAINER_SETTINGS = (
@@ -65,11 +69,11 @@ def build_trainer(config: TrainConfig) -> Trainer:
     evaluators = build_evaluators(config.eval_loader, tokenizer, config.max_seq_len, eval_batch_size)
     model = _build_section(config, 'model', tokenizer=tokenizer)
     _check_packing(config, model)
-    settings = {name: getattr(config, name) for name in TRAINER_SETTINGS}
+    folder = check_run_folder(config)
+    settings = {name: getattr(config, name) for name in TRAINER_SETTINGS} | _resume_settings(config)
     if not evaluators:
         # Composer warns about an interval of evaluations when there is nothing to evaluate.
         settings |= {'eval_interval': 1, 'eval_subset_num_batches': -1}
-    folder = check_run_folder(config)
     arguments = {
         'model': model,
         'train_dataloader': train_loader,
@@ -89,6 +93,25 @@ def build_trainer(config: TrainConfig) -> Trainer:
     return trainer
 
 
+def _resume_settings(config: TrainConfig) -> dict[str, Any]:
+    """The Trainer's settings that change where there is a checkpoint to resume from.
+
+    What Composer's own ``autoresume`` would follow is a link, which after a kill leads nowhere or to part of a
+    checkpoint. It is left to look where this does not: at a remote folder, and for a file of another name.
+    """
+    if not config.autoresume or is_uri(str(config.save_folder)):
+        return {}
+    found: list[str | None] = [None]
+    if dist.get_global_rank() == 0:
+        save_folder = format_name_with_dist(str(config.save_folder), str(config.run_name))
+        found = [newest_complete_checkpoint(save_folder, set_aside=True)]
+    dist.broadcast_object_list(found)
+    if found[0] is None:
+        return {}
+    log.info("Resuming from '%s'.", found[0])
+    return {'load_path': found[0], 'load_weights_only': False, 'autoresume': False}
+
+
 def _make_trainer(config: TrainConfig, arguments: dict[str, Any]) -> Trainer:
     try:
         return Trainer(**arguments)
@@ -97,7 +120,7 @@ def _make_trainer(config: TrainConfig, arguments: dict[str, Any]) -> Trainer:
     except Exception as error:
         # Of a file that is no checkpoint, or another model's, torch makes RuntimeError, KeyError, EOFError and others.
         reason = f'{type(error).__name__}: {" ".join(str(error).split())}'.removesuffix(': ')
-        source = config.load_path or (config.autoresume and config.save_folder)
+        source = arguments['load_path'] or (config.autoresume and config.save_folder)
         what = f"The checkpoint in '{source}' cannot be loaded into this run" if source else 'The run cannot be set up'
         raise ConfigError(f'{what} ({reason})') from error
 
