@@ -24,7 +24,7 @@ from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri, 
 from composer.utils.checkpoint import DistCPObjectStoreReader
 
 from composer_bema.algorithms.savers import AfterSavers, Swappable
-from composer_bema.averaging.state import MODEL_HOLDS
+from composer_bema.averaging.saving import MODEL_HOLDS
 from composer_bema.formats.entries import load_sharded_entries, pack_entry, unpack_entry
 
 __all__ = ['AveragingCheckpoint', 'check_entry_of_composers_ema']

@@ -31,7 +31,8 @@ from composer_bema.algorithms.savers import (
 )
 from composer_bema.averaging.parameters import copy_weights
 from composer_bema.averaging.rules import Rule
-from composer_bema.averaging.state import MODEL_HOLDS, AverageState, NonFinite
+from composer_bema.averaging.saving import MODEL_HOLDS
+from composer_bema.averaging.state import AverageState, NonFinite
 
 __all__ = ['SaveWeights', 'WeightAveraging', 'averages_among', 'swap_out_all']
 

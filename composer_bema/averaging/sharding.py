@@ -53,7 +53,7 @@ class FlatShard(torch.Tensor):
     shard: Shard
 
     @staticmethod
-    def __new__(cls, local: torch.Tensor, shard: Shard) -> FlatShard:
+    def __new__(cls: type[FlatShard], local: torch.Tensor, shard: Shard) -> FlatShard:
         """Stands for the flattened whole: its size, its dtype, no memory."""
         size = (shard.shape.numel(),)
         return torch.Tensor._make_wrapper_subclass(cls, size, dtype=local.dtype, device=local.device)  # type: ignore
@@ -66,7 +66,7 @@ class FlatShard(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
         raise TypeError(f'{func} cannot be computed with one shard of a tensor.')
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -162,8 +162,9 @@ def local_part(saved: torch.Tensor, live: Optional[torch.Tensor], shard: Optiona
         shard (Shard, optional): The part of the whole that ``live`` is.
     """
     if isinstance(saved, FlatShard):
-        fits = live is not None and live.numel() == saved.local.numel()
-        return saved.local.view(live.shape) if fits else saved.local
+        if live is not None and live.numel() == saved.local.numel():
+            return saved.local.view_as(live)
+        return saved.local
     if live is None or shard is None or saved.shape != shard.shape:
         return saved
     return saved.reshape(-1)[shard.start : shard.start + live.numel()].view(live.shape)

@@ -27,18 +27,21 @@ from composer_bema.averaging.parameters import (
     parameter_shards,
 )
 from composer_bema.averaging.rules import Latest, Rule
-from composer_bema.averaging.sharding import FlatShard, Shard, gather, local_part, share, sum_over_ranks
+from composer_bema.averaging.saving import (
+    BUFFERS,
+    DIGESTS,
+    MODEL_HOLDS,
+    TRAINING_WEIGHTS,
+    TensorGroups,
+    flat_shards,
+    loaded_tensors,
+)
+from composer_bema.averaging.sharding import FlatShard, Shard, gather, share, sum_over_ranks
 from composer_bema.averaging.swapping import Swap
 
-__all__ = ['BUFFERS', 'DIGESTS', 'MODEL_HOLDS', 'TRAINING_WEIGHTS', 'AverageState', 'NonFinite']
+__all__ = ['AverageState', 'NonFinite']
 
 NonFinite = Literal['raise', 'skip', 'ignore']
-
-# The keys of a saved state, beside the counters that go by their attributes' names.
-BUFFERS = 'buffers'
-TRAINING_WEIGHTS = 'training_weights'
-MODEL_HOLDS = 'model_holds'
-DIGESTS = 'digests'
 
 
 @dataclass
@@ -277,22 +280,12 @@ class AverageState:
         """
         self._require_training_weights('load_state_dict')
         counters = state['num_updates'], state['num_skipped']
-        shards, named = parameter_shards(model), named_tensors(model)
-        saved = _all_tensors(state, named, shards)
-        local = {
-            name: {
-                n: local_part(t, local_tensor(named[n]), shards.get(n)) if n in named else t for n, t in group.items()
-            }
-            for name, group in saved.items()
-        }
-        for group in local.values():
-            matching_tensors(group, named)
-        _check_digests(saved, state[DIGESTS])
-        training_weights = local.pop(TRAINING_WEIGHTS, {})
-        groups = self._loaded_groups(local, model) if local else []
+        tensors = loaded_tensors(state, model)
+        training_weights = tensors.pop(TRAINING_WEIGHTS, {})
+        groups = self._loaded_groups(tensors, model) if tensors else []
         with torch.no_grad():
             self._copy(training_weights, model)
-        self._groups, self._shards = groups, shards
+        self._groups, self._shards = groups, parameter_shards(model)
         self.num_updates, self.num_skipped = counters
 
     def _averaged_tensors(self, model: torch.nn.Module) -> list[tuple[Rule, dict[str, torch.Tensor]]]:
@@ -317,24 +310,24 @@ class AverageState:
             loses = sum_over_ranks(loses, next(iter(candidates.values())).device)
         return {n: _narrow_dtype(t) for (n, t), lossy in zip(candidates.items(), loses, strict=True) if not lossy}
 
-    def _tensors(self, omitted: Collection[str] = ()) -> dict[str, dict[str, torch.Tensor]]:
+    def _tensors(self, omitted: Collection[str] = ()) -> TensorGroups:
         """Returns every tensor of the state as it is saved, by the buffer's name, without the averages ``omitted``."""
         average = self.average()
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        tensors: TensorGroups = {}
         for group in self._groups:
             for name, kept in group.buffers.items():
                 if name == group.rule.average:
                     kept = {n: average[n] for n in kept if n not in omitted}
-                tensors.setdefault(name, {}).update(_flat_shards(kept, self._shards))
+                tensors.setdefault(name, {}).update(flat_shards(kept, self._shards))
         if self._swap is not None:
-            tensors[TRAINING_WEIGHTS] = _flat_shards(self._swap.training_weights(), self._shards)
+            tensors[TRAINING_WEIGHTS] = flat_shards(self._swap.training_weights(), self._shards)
         return tensors
 
     def _gathered_average(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Returns all tensors of a sharded model, whole, with the average among them; on rank 0 only."""
         average = self.average()
         live = {n: local_tensor(tensor) for n, tensor in named_tensors(model).items()}
-        values = _flat_shards({n: average.get(n, t).to(t.dtype) for n, t in live.items()}, self._shards)
+        values = flat_shards({n: average.get(n, t).to(t.dtype) for n, t in live.items()}, self._shards)
         wholes = gather({n: t for n, t in values.items() if isinstance(t, FlatShard)})
         if torch.distributed.get_rank() != 0:
             return {}
@@ -462,44 +455,6 @@ def _buffer_dtype(tensor: torch.Tensor) -> torch.dtype:
 def _narrow_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype of at most 16 bits that may hold the values exactly, for a buffer that no update writes to."""
     return tensor.dtype if tensor.element_size() <= 2 else torch.bfloat16
-
-
-def _flat_shards(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
-    return {n: FlatShard(tensor, shards[n]) if n in shards else tensor for n, tensor in tensors.items()}
-
-
-def _all_tensors(
-    state: Mapping[str, Any],
-    named: Mapping[str, torch.Tensor],
-    shards: Mapping[str, Shard],
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Returns the tensors of a saved state, with those among them that were saved as the model's own."""
-    saved = {name: dict(group) for name, group in state[BUFFERS].items()}
-    if state[MODEL_HOLDS] == 'average':
-        saved[TRAINING_WEIGHTS] = dict(state[TRAINING_WEIGHTS])
-    for name, group in state[DIGESTS].items():
-        for n in group:
-            if n in saved.get(name, {}):
-                continue
-            if state[MODEL_HOLDS] != 'average':
-                raise ValueError(f"The saved average lacks the values of '{n}' in '{name}'.")
-            if n not in named:
-                raise ValueError(f"The average has a tensor '{n}' that the model lacks.")
-            saved.setdefault(name, {}).update(_flat_shards({n: local_tensor(named[n])}, shards))
-    return saved
-
-
-def _check_digests(
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    saved: Mapping[str, Mapping[str, int]],
-) -> None:
-    for name, digests in digests_of(tensors).items():
-        for n, value in digests.items():
-            if saved.get(name, {}).get(n) != value:
-                raise ValueError(
-                    f"The values of '{n}' in '{name}' are not those that were saved: the file is damaged, or the model "
-                    'does not hold the weights that were saved with the average.',
-                )
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

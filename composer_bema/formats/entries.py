@@ -27,8 +27,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from composer_bema.averaging.parameters import local_tensor, named_tensors, parameter_shards
+from composer_bema.averaging.saving import BUFFERS, TRAINING_WEIGHTS
 from composer_bema.averaging.sharding import FlatShard, gather
-from composer_bema.averaging.state import BUFFERS, TRAINING_WEIGHTS
 
 __all__ = ['ENTRY', 'ENTRY_PATH', 'HEADER', 'SHAPES', 'load_sharded_entries', 'pack_entry', 'unpack_entry']
 
