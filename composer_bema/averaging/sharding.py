@@ -63,10 +63,10 @@ class FlatShard(torch.Tensor):
         self.local = local.detach().view(-1)
         self.shard = shard
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise TypeError(f'{func} cannot be computed with one shard of a tensor.')
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
