@@ -15,15 +15,25 @@ from composer_bema.version import __version__
 if TYPE_CHECKING:
     from composer_bema import functional
     from composer_bema.algorithms import BEMA, EMA
+    from composer_bema.formats.completeness import newest_complete_checkpoint
+    from composer_bema.training.callbacks import HuggingFaceCheckpointer
 
-__all__ = ['BEMA', 'EMA', '__version__', 'functional']
+__all__ = ['BEMA', 'EMA', 'HuggingFaceCheckpointer', '__version__', 'functional', 'newest_complete_checkpoint']
+
+# The modules that the names are found in.
+_HOMES = {
+    'BEMA': 'algorithms',
+    'EMA': 'algorithms',
+    'HuggingFaceCheckpointer': 'training.callbacks',
+    'newest_complete_checkpoint': 'formats.completeness',
+}
 
 
 def __getattr__(name: str) -> Any:
     if name == 'functional':
         return import_module('composer_bema.functional')
-    if name in ('BEMA', 'EMA'):
-        return getattr(import_module('composer_bema.algorithms'), name)
+    if name in _HOMES:
+        return getattr(import_module(f'composer_bema.{_HOMES[name]}'), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

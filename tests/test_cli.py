@@ -79,3 +79,55 @@ def test_convert_and_train_on_it(tmp_path, yaml):
 def test_convert_says_what_is_wrong(tmp_path):
     result = run('convert', 'nothing-*.txt', '--out-root', str(tmp_path / 'mds'))
     assert (result.exit_code, result.stderr) == (2, "Error: No file matches 'nothing-*.txt'.\n")
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    settings = tiny_settings(folder) | {'algorithms': {'bema': {'update_freq': '1ba'}}, 'eval_loader': None}
+    result = run('train', write_yaml(folder, settings), 'max_duration=2ba', f'save_folder={folder}/checkpoints')
+    assert result.exit_code == 0, result.output
+    return f'{folder}/checkpoints/latest-rank0.pt'
+
+
+def test_export(tmp_path, checkpoint):
+    results = {
+        weights: run('export', checkpoint, '--weights', weights, '--out', str(tmp_path / weights))
+        for weights in ('average', 'training', 'theta_0')
+    }
+    for weights, result in results.items():
+        written = f"Wrote the {weights} weights of '{checkpoint}' to '{tmp_path / weights}'.\n"
+        assert (result.exit_code, result.stdout) == (0, written), result.output
+    files = {weights: (tmp_path / weights / 'model.safetensors').read_bytes() for weights in results}
+    assert len(set(files.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (
+            ['--weights', 'emma'],
+            "has no 'emma' weights: it has the average of BEMA, its buffers bema, ema, theta_0, and",
+        ),
+        (['--average', 'DEMA'], "holds no average 'DEMA', but BEMA."),
+        (['--out', '/'], "'/' exists and is not an empty folder: name another one, or remove it."),
+    ],
+)
+def test_export_says_what_is_wrong(tmp_path, checkpoint, arguments, sentence):
+    result = run('export', checkpoint, '--out', str(tmp_path / 'out'), *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith('Error: ')
+    assert result.stderr.count('\n') == 1
+    assert sentence in result.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('content', [None, b'text'])
+def test_export_of_what_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / 'x.pt'
+    if content is not None:
+        path.write_bytes(content)
+    result = run('export', str(path), '--out', str(tmp_path / 'out'))
+    assert result.exit_code == 2
+    assert result.stderr.count('\n') == 1
+    assert f"'{path}'" in result.stderr

@@ -70,6 +70,7 @@ def test_importing_the_package_imports_neither_torch_nor_composer():
     [
         'import composer_bema.averaging',
         'from composer_bema import functional as cf; cf.compute_bema',
+        'import composer_bema.averaging, composer_bema.offline.export',
     ],
 )
 def test_the_core_works_where_composer_is_not_installed(code: str):

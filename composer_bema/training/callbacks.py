@@ -3,6 +3,7 @@
 
 """Callbacks of our own that a YAML can name."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _write(composer_model: HuggingFaceModel, weights: dict[str, LazyTensor], fol
         model = model.module if isinstance(model, FullyShardedDataParallel) else model
         # The class without what FSDP2 makes of it.
         model_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-        bare = model_without_memory(model_class, model.config)
+        bare = model_without_memory(model_class, copy.deepcopy(model.config))
         if bare is not None and model.can_generate():
             bare.generation_config = model.generation_config
         write_model(folder, json.loads(model.config.to_json_string()), weights, bare)

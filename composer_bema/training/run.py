@@ -10,7 +10,8 @@ import torch
 import transformers
 from composer.models import HuggingFaceModel
 from composer.trainer import Trainer
-from composer.utils import dist, format_name_with_dist, get_device, is_uri, reproducibility
+from composer.utils import dist, format_name_with_dist, get_device, reproducibility
+from composer.utils.file_helpers import is_uri
 
 from composer_bema.formats.completeness import newest_complete_checkpoint
 from composer_bema.training.checks import build_named, check_config, device_batch_size

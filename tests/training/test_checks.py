@@ -3,6 +3,7 @@
 
 """What is found out about settings before anything is built; and the recipes that ship pass it."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,30 @@ YAMLS = Path(__file__).parents[2] / 'yamls'
 def test_a_mistake_is_named_with_its_dotted_key(tmp_path, override, message):
     config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), [override])
     with pytest.raises(ConfigError, match=message):
+        check_config(config)
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    overrides = ['autoresume=true', 'save_folder=x', 'save_weights_only=true']
+    config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), overrides)
+    with pytest.raises(ConfigError, match='autoresume needs more than save_weights_only=true saves'):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ('version', 'key', 'message'),
+    [
+        ('1', 'sharding_strategy=FULL_SHARD', None),
+        ('1', 'reshard_after_forward=true', 'fsdp_config.reshard_after_forward is not a setting'),
+        ('2', 'reshard_after_forward=true', None),
+        ('2', 'sharding_strategy=FULL_SHARD', 'fsdp_config.sharding_strategy is not a setting'),
+        ('2', 'mixed_precison=PURE', "the nearest one is 'fsdp_config.mixed_precision'"),
+    ],
+)
+def test_fsdp_settings_are_those_of_the_version_that_composer_will_use(tmp_path, monkeypatch, version, key, message):
+    monkeypatch.setenv('FSDP_VERSION', version)
+    config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), [f'fsdp_config.{key}'])
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
         check_config(config)
 
 

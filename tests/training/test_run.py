@@ -9,12 +9,15 @@ import math
 
 import pytest
 import torch
+from composer.utils import dist
 from transformers import AutoModelForCausalLM
 
 from composer_bema.training.config import ConfigError, load_config
 from composer_bema.training.data.blocks import select_part
 from composer_bema.training.outputs import loss_curves, read_metrics
-from composer_bema.training.run import build_trainer, train
+from composer_bema.training.run import _resume_settings, build_trainer, train
+from tests.distributed.ranks import run_ranks
+from tests.formats.runs import saved
 from tests.training.tiny import tiny_settings, write_yaml
 
 
@@ -103,6 +106,67 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_ends_bit_equal(tmp_path, yaml, 
     assert steps == list(range(11))
 
 
+def half_a_checkpoint(path):
+    with path.open('r+b') as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def test_a_killed_run_resumes_from_the_newest_whole_checkpoint(tmp_path, yaml, caplog):
+    """Composer's own autoresume would follow the link to the unfinished checkpoint, or to nothing, and start anew."""
+    common = [*AVERAGES, 'max_duration=6ba']
+    whole = weights_after(yaml, *common, f'run_folder={tmp_path}/whole')
+    common += [f'save_folder={tmp_path}/{{run_name}}', 'run_name=killed', f'run_folder={tmp_path}/parts']
+    checkpoints = tmp_path / 'killed'
+    weights_after(yaml, *common, 'save_interval=2ba', 'autoresume=true')
+    half_a_checkpoint(checkpoints / 'ep0-ba6-rank0.pt')
+    assert same(weights_after(yaml, *common, 'save_interval=2ba', 'autoresume=true'), whole)
+    (warning,) = [record for record in caplog.records if record.name.startswith('composer_bema.formats')]
+    assert "ep0-ba6-rank0.pt' is not whole (its end is missing" in warning.getMessage()
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        'ep0-ba2-rank0.pt',
+        'ep0-ba4-rank0.pt',
+        'ep0-ba6-rank0.pt',
+        'ep0-ba6-rank0.pt.incomplete',
+        'latest-rank0.pt',
+    ]
+    steps = [r['batch'] for r in read_metrics(tmp_path / 'parts' / 'metrics.jsonl') if 'loss/train/total' in r]
+    assert steps == [*range(6), 4, 5]
+    # Killed between removing the link and making it again.
+    (checkpoints / 'latest-rank0.pt').unlink()
+    trainer = build_trainer(load_config(yaml, [*common, 'autoresume=true']))
+    assert trainer.state.timestamp.batch == 6
+    trainer.close()
+
+
+def test_where_no_checkpoint_is_whole_the_run_starts_as_if_there_were_none(tmp_path, yaml):
+    """With `load_path`, which is for the start of a run, and not for its resumption."""
+    weights_after(yaml, f'save_folder={tmp_path}/before', 'max_duration=1ba', f'run_folder={tmp_path}/before/run')
+    start = [f'load_path={tmp_path}/before/latest-rank0.pt', 'load_weights_only=true', 'autoresume=true']
+    overrides = [*start, f'save_folder={tmp_path}/checkpoints', 'save_interval=1ba', 'max_duration=2ba']
+    first = weights_after(yaml, *overrides)
+    for name in ('ep0-ba1-rank0.pt', 'ep0-ba2-rank0.pt'):
+        half_a_checkpoint(tmp_path / 'checkpoints' / name)
+    assert same(weights_after(yaml, *overrides), first)
+    assert len(list((tmp_path / 'checkpoints').glob('*.incomplete'))) == 2
+    # And once there is a checkpoint, it is resumed whole, load_weights_only or not.
+    trainer = build_trainer(load_config(yaml, overrides))
+    assert trainer.state.timestamp.batch == 2
+    trainer.close()
+
+
+@pytest.mark.parametrize(('save_folder', 'autoresume'), [('s3://bucket/{run_name}', True), ('checkpoints', False)])
+def test_composers_own_autoresume_is_for_remote_folders(tmp_path, yaml, monkeypatch, save_folder, autoresume):
+    arguments = {}
+    monkeypatch.setattr('composer_bema.training.run.Trainer', lambda **kwargs: arguments.update(kwargs))
+    monkeypatch.chdir(tmp_path)
+    weights = saved('none')
+    (tmp_path / 'checkpoints').mkdir()
+    weights.copy_to(tmp_path / 'checkpoints')
+    build_trainer(load_config(yaml, ['autoresume=true', f'save_folder={save_folder}', 'load_path=given.pt']))
+    assert arguments['autoresume'] == autoresume
+    assert arguments['load_path'] == ('given.pt' if autoresume else 'checkpoints/ep0-ba4-rank0.pt')
+
+
 @pytest.mark.parametrize(('fsdp_config', 'given'), [('null', None), ('{}', {'fsdp': {}})])
 def test_an_empty_fsdp_config_asks_for_fsdp(yaml, monkeypatch, fsdp_config, given):
     arguments = {}
@@ -145,7 +209,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, yaml):
     save_folder = f'save_folder={tmp_path}/checkpoints'
     weights_after(yaml, save_folder, 'max_duration=1ba')
     overrides = [save_folder, 'autoresume=true', 'model.config.hidden_size=32']
-    with pytest.raises(ConfigError, match=r"The checkpoint in '.*checkpoints' cannot be loaded .*size mismatch"):
+    with pytest.raises(ConfigError, match=r"The checkpoint in '.*/ep0-ba1-rank0\.pt' cannot be loaded .*size mismatch"):
         build_trainer(load_config(yaml, overrides))
 
 
@@ -242,3 +306,18 @@ def test_packed_conversations_train(tmp_path):
 def test_values_that_a_builder_refuses_are_named(yaml, override, message):
     with pytest.raises(ConfigError, match=message):
         build_trainer(load_config(yaml, [override]))
+
+
+def resume_settings(yaml, folders):
+    dist.initialize_dist('cpu')
+    save_folder = folders[dist.get_global_rank()]
+    return _resume_settings(load_config(yaml, ['autoresume=true', f'save_folder={save_folder}']))
+
+
+@pytest.mark.slow
+def test_rank_0_looks_for_the_checkpoint_and_the_others_are_told(tmp_path, yaml):
+    (tmp_path / 'checkpoints').mkdir()
+    saved('none').copy_to(tmp_path / 'checkpoints')
+    one, other = run_ranks(resume_settings, 2, yaml, [str(tmp_path / 'checkpoints'), str(tmp_path / 'nothing')])
+    assert one == other
+    assert one['load_path'] == str(tmp_path / 'checkpoints' / 'ep0-ba4-rank0.pt')

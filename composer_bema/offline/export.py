@@ -1,0 +1,68 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""A checkpoint's weights, averaged or not, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+
+from composer_bema.formats.composer import AVERAGE, open_checkpoint
+from composer_bema.formats.huggingface import MAX_SHARD_SIZE, new_folder, write_pretrained
+from composer_bema.formats.tensors import LazyTensor
+
+__all__ = ['PRECISIONS', 'export']
+
+PRECISIONS = ('float32', 'bfloat16', 'float16')
+
+
+def export(
+    checkpoint: Union[str, Path],
+    out: Union[str, Path],
+    *,
+    weights: str = AVERAGE,
+    average: Optional[str] = None,
+    precision: Optional[str] = None,
+    max_shard_size: Union[int, str] = MAX_SHARD_SIZE,
+) -> Path:
+    """Writes weights of a Composer checkpoint as a folder that ``from_pretrained`` reads.
+
+    Args:
+        checkpoint (str | Path): A checkpoint of a Hugging Face model: a file, or a folder of a sharded one.
+        out (str | Path): The folder to make. It is there when it is complete, and not before.
+        weights (str): ``'average'``, ``'training'``, ``'model'`` (what the checkpoint's model holds, whichever it is),
+            or a buffer of the average such as ``'ema'`` or ``'theta_0'``. Default: ``'average'``.
+        average (str, optional): The class of the average, such as ``'BEMA'``, where a run had several.
+        precision (str, optional): ``'float32'``, ``'bfloat16'`` or ``'float16'``. ``None`` is the model's.
+        max_shard_size (int | str): The size at which another file of weights begins. Default: ``'5GB'``.
+
+    Returns:
+        Path: The folder.
+
+    Raises:
+        FileExistsError: If ``out`` is there and is not an empty folder.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the checkpoint is cut or damaged, has no such weights, or is not of a Hugging Face model.
+
+    Example:
+        >>> export('checkpoints/latest-rank0.pt', 'bema')
+        >>> model = AutoModelForCausalLM.from_pretrained('bema')
+    """
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f'precision must be one of {", ".join(PRECISIONS)}, not {precision!r}.')
+    with new_folder(out) as folder:
+        opened = open_checkpoint(checkpoint)
+        chosen = opened.weights(weights, average)
+        entry = opened.huggingface
+        if not entry:
+            raise ValueError(f"The model in '{checkpoint}' is not a HuggingFaceModel of Composer, which export needs.")
+        cast = {n: tensor.to(_dtype(precision, opened.model.get(n, tensor))) for n, tensor in chosen.items()}
+        write_pretrained(folder, entry, cast, source=str(checkpoint), max_shard_size=max_shard_size)
+    return Path(out)
+
+
+def _dtype(precision: Optional[str], tensor: LazyTensor) -> torch.dtype:
+    return tensor.dtype if precision is None else getattr(torch, precision)

@@ -1,0 +1,289 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Hugging Face folders: what `from_pretrained` reads is what was written, for models and tokenizers of many kinds."""
+
+import json
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from composer.models import HuggingFaceModel
+from safetensors.torch import load_file
+
+from composer_bema.formats.huggingface import (
+    model_without_memory,
+    new_folder,
+    write_adapter,
+    write_pretrained,
+    write_tokenizer,
+)
+from composer_bema.formats.tensors import LazyTensor
+from tests.formats.runs import TINY, lora_config, make_model
+
+T5 = {'d_model': 8, 'd_kv': 4, 'd_ff': 12, 'num_layers': 1, 'num_heads': 2, 'vocab_size': 32}
+BERT = {'hidden_size': 8, 'intermediate_size': 12, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'vocab_size': 32}
+MODELS = {
+    'tied': lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, tie_word_embeddings=True)),
+    'untied': lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)),
+    'encoder and decoder': lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+    'encoder and decoder, untied': lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**T5, tie_word_embeddings=False)
+    ),
+    'masked': lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+    'classifier': lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, num_labels=3)),
+    'batch norm': lambda: transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=3)
+    ),
+}
+
+
+def entry_of(model, tokenizer=None):
+    return HuggingFaceModel(model, tokenizer).get_metadata()
+
+
+def weights_of(model, dtype=None):
+    weights = {f'model.{name}': LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}
+    return weights if dtype is None else {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+def assert_same_state(model, other):
+    state = other.state_dict()
+    assert set(model.state_dict()) == set(state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_models_come_back(tmp_path, name):
+    model = MODELS[name]()
+    write_pretrained(tmp_path, entry_of(model), weights_of(model), source='x.pt')
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert_same_state(model, loaded)
+    assert json.loads((tmp_path / 'config.json').read_text())['architectures'] == [type(model).__name__]
+    # No tensor is there twice.
+    assert len(load_file(tmp_path / 'model.safetensors')) == len({t.data_ptr() for t in model.state_dict().values()})
+    assert (tmp_path / 'generation_config.json').exists() == model.can_generate()
+
+
+def test_the_dtype_is_that_of_the_weights(tmp_path):
+    model = MODELS['untied']()
+    write_pretrained(tmp_path, entry_of(model), weights_of(model, torch.bfloat16), source='x.pt')
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype='auto')
+    assert loaded.dtype == torch.bfloat16
+    assert_same_state(model.to(torch.bfloat16), loaded)
+
+
+def test_large_models_are_in_several_files(tmp_path):
+    model = MODELS['tied']()
+    write_pretrained(tmp_path, entry_of(model), weights_of(model), source='x.pt', max_shard_size='2KB')
+    assert len(list(tmp_path.glob('model-*-of-*.safetensors'))) > 2
+    assert not (tmp_path / 'model.safetensors').exists()
+    assert_same_state(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_weights_that_only_the_user_has_tied_are_written_twice(tmp_path):
+    model = MODELS['untied']()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    write_pretrained(tmp_path, entry_of(model), weights_of(model), source='x.pt')
+    assert_same_state(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ('class_name', 'architectures'),
+    [
+        ('torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel', None),
+        ('torch.distributed.fsdp._fully_shard._fully_shard.FSDPLlamaForCausalLM', None),
+        ('llmfoundry.models.hf.hf_causal_lm.Unheard', ['LlamaForCausalLM']),
+        ('os.system', ['../../x', 'PreTrainedModel', 'AutoModel', 'BertModel', 'LlamaModel']),
+    ],
+)
+def test_the_class_is_found_though_fsdp_hides_it(tmp_path, class_name, architectures):
+    model = MODELS['tied']()
+    entry = entry_of(model)
+    entry['model']['config'].update({'class': class_name})
+    entry['model']['config']['content']['architectures'] = architectures
+    write_pretrained(tmp_path, entry, weights_of(model), source='x.pt')
+    assert json.loads((tmp_path / 'config.json').read_text())['architectures'] == ['LlamaForCausalLM']
+    assert 'lm_head.weight' not in load_file(tmp_path / 'model.safetensors')
+
+
+def test_a_model_that_transformers_does_not_know_is_written_as_it_is(tmp_path):
+    """Nobody says what is tied, so that every name gets its tensor."""
+    model = MODELS['tied']()
+    entry = entry_of(model)
+    entry['model']['config']['content'].update({'model_type': 'unheard', 'auto_map': {'AutoConfig': 'm.C'}})
+    write_pretrained(tmp_path, entry, weights_of(model), source='x.pt')
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config == {**entry['model']['config']['content'], 'torch_dtype': 'float32'}
+    written = load_file(tmp_path / 'model.safetensors')
+    assert all(torch.equal(written[name], tensor) for name, tensor in model.state_dict().items())
+    assert set(written) == set(model.state_dict())
+
+
+def test_a_class_that_cannot_be_made_without_memory():
+    class Curious(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.depth = int(torch.linspace(0, 1, 3).sum().item())
+
+    assert model_without_memory(Curious, SimpleNamespace()) is None
+
+
+def test_tensors_beside_the_model_are_left_out_and_counted(tmp_path, caplog):
+    model = MODELS['untied']()
+    weights = {**weights_of(model), 'head.weight': LazyTensor.of(torch.ones(2))}
+    with caplog.at_level(logging.WARNING):
+        write_pretrained(tmp_path, entry_of(model), weights, source='x.pt')
+    assert '1 tensors are not of the Hugging Face model and were left out.' in caplog.messages
+    assert_same_state(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+# Adapters
+
+
+@pytest.mark.parametrize('with_base', [False, True])
+def test_adapters_come_back(tmp_path, with_base):
+    peft = pytest.importorskip('peft')
+    composer_model = make_model(lora=True)
+    composer_model.should_save_peft_only = not with_base
+    weights = {name: LazyTensor.of(tensor) for name, tensor in composer_model.state_dict().items()}
+    assert len(weights) == (29 if with_base else 8)
+    write_pretrained(tmp_path, composer_model.get_metadata(), weights, source='x.pt')
+    assert {'adapter_config.json', 'adapter_model.safetensors'} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / 'model.safetensors').exists()
+    loaded = peft.PeftModel.from_pretrained(make_model().model, tmp_path)
+    assert_same_state(composer_model.model, loaded)
+    # From the model at hand the same is written.
+    live = {name: LazyTensor.of(tensor) for name, tensor in composer_model.model.state_dict().items()}
+    write_adapter(tmp_path / 'peft', composer_model.model, live)
+    written, expected = (load_file(folder / 'adapter_model.safetensors') for folder in (tmp_path, tmp_path / 'peft'))
+    assert set(written) == set(expected)
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_adapter_of_an_unknown_base_model_is_refused(tmp_path):
+    pytest.importorskip('peft')
+    composer_model = make_model(lora=True)
+    entry = composer_model.get_metadata()
+    entry['model']['config']['content']['model_type'] = 'unheard'
+    with pytest.raises(ValueError, match=r"The adapter in 'x\.pt' cannot be told from its base model"):
+        write_pretrained(tmp_path, entry, {}, source='x.pt')
+
+
+def test_an_adapter_without_peft_says_what_to_install(tmp_path, monkeypatch):
+    pytest.importorskip('peft')
+    entry = make_model(lora=True).get_metadata()
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(ImportError, match=r"pip install 'composer_bema\[peft\]'"):
+        write_pretrained(tmp_path, entry, {}, source='x.pt')
+
+
+def test_lora_settings_survive(tmp_path):
+    pytest.importorskip('peft')
+    composer_model = make_model(lora=True)
+    weights = {name: LazyTensor.of(tensor) for name, tensor in composer_model.state_dict().items()}
+    write_pretrained(tmp_path, composer_model.get_metadata(), weights, source='x.pt')
+    written = json.loads((tmp_path / 'adapter_config.json').read_text())
+    assert (written['r'], sorted(written['target_modules'])) == (2, sorted(lora_config().target_modules))
+
+
+# Tokenizers
+
+
+def fast_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(['<pad>', '<unk>', 'the', 'cat', 'sat', 'é'])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token='<unk>'))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token='<unk>', pad_token='<pad>', chat_template='{{ messages }}'
+    )
+
+
+@pytest.mark.parametrize('make', [fast_tokenizer, lambda: transformers.ByT5Tokenizer(extra_ids=0)])
+def test_tokenizers_come_back(tmp_path, make):
+    tokenizer = make()
+    entry = entry_of(MODELS['untied'](), tokenizer)['tokenizer']
+    write_tokenizer(tmp_path, entry)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = 'the cat sat é'
+    assert loaded(text)['input_ids'] == tokenizer(text)['input_ids']
+    assert loaded.chat_template == tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / 'own')
+    assert {path.name for path in tmp_path.iterdir()} - {'own'} == {path.name for path in (tmp_path / 'own').iterdir()}
+
+
+def test_files_of_all_kinds(tmp_path):
+    entry = {
+        'vocab': {'file_extension': '.json', 'content': {'é': 1}},
+        'special_tokens_map.json': {'file_extension': '.json'},
+        'merges.txt': {'file_extension': '.txt', 'content': ['a b', 'c d', '']},
+        'spiece.model': {'file_extension': '.model', 'content': b'\x00\xff'},
+        'chat_template.jinja': {'file_extension': '.jinja', 'content': '{{ x }}'},
+    }
+    write_tokenizer(tmp_path, entry)
+    assert json.loads((tmp_path / 'vocab.json').read_text()) == {'é': 1}
+    assert json.loads((tmp_path / 'special_tokens_map.json').read_text()) == {}
+    assert (tmp_path / 'merges.txt').read_text() == 'a b\nc d\n'
+    assert (tmp_path / 'spiece.model').read_bytes() == b'\x00\xff'
+    assert (tmp_path / 'chat_template.jinja').read_text() == '{{ x }}'
+
+
+@pytest.mark.parametrize('name', ['../x.json', '/tmp/x.json', 'a/x.json'])
+def test_files_outside_the_folder_are_refused(tmp_path, name):
+    entry = entry_of(MODELS['untied']())
+    entry['tokenizer'] = {name: {'file_extension': '.json', 'content': {}}}
+    (tmp_path / 'out').mkdir()
+    with pytest.raises(ValueError, match=r"The tokenizer in 'x\.pt' cannot be written: '.*x\.json' is no plain name"):
+        write_pretrained(tmp_path / 'out', entry, weights_of(MODELS['untied']()), source='x.pt')
+    assert not (tmp_path / 'x.json').exists()
+
+
+@pytest.mark.parametrize('entry', [{}, {'model': {}}, {'model': {'config': {'content': {}}}}, {'model': 3}])
+def test_an_entry_that_lacks_something_is_refused(tmp_path, entry):
+    with pytest.raises(ValueError, match=r"What 'x\.pt' says of its Hugging Face model is incomplete"):
+        write_pretrained(tmp_path, entry, {}, source='x.pt')
+
+
+# Folders that are there when they are complete
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    with new_folder(tmp_path / 'a' / 'b') as folder:
+        (folder / 'file').write_text('x')
+        assert not (tmp_path / 'a' / 'b').exists()
+    assert [path.name for path in (tmp_path / 'a').iterdir()] == ['b']
+    assert (tmp_path / 'a' / 'b' / 'file').read_text() == 'x'
+
+
+def test_what_fails_leaves_nothing_and_replaces_nothing(tmp_path):
+    (tmp_path / 'old').mkdir()
+    (tmp_path / 'old' / 'file').touch()
+    for name in ('new', 'old'):
+        with pytest.raises(KeyError), new_folder(tmp_path / name, replace=True) as folder:
+            (folder / 'half').touch()
+            raise KeyError
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*')] == ['old', 'old/file']
+
+
+def test_a_folder_is_replaced_only_if_asked(tmp_path):
+    (tmp_path / 'old').mkdir()
+    with new_folder(tmp_path / 'old') as folder:
+        (folder / 'file').touch()
+    with (
+        pytest.raises(FileExistsError, match=r"old' exists and is not an empty folder"),
+        new_folder(tmp_path / 'old'),
+    ):
+        raise AssertionError('it is not to be entered')
+    with new_folder(tmp_path / 'old', replace=True) as folder:
+        (folder / 'another').touch()
+    assert [path.name for path in (tmp_path / 'old').iterdir()] == ['another']
+    (tmp_path / 'taken').touch()
+    with pytest.raises(FileExistsError), new_folder(tmp_path / 'taken'):
+        raise AssertionError('it is not to be entered')
