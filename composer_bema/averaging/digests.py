@@ -21,8 +21,8 @@ from composer_bema.averaging.sharding import FlatShard, sum_over_ranks
 
 __all__ = ['add_digests', 'digest', 'digests_of']
 
-# Coefficients repeat from block to block up to an odd factor of the block, so that a table of one block suffices. A block
-# of words is so small that torch works through it in one thread: waiting for others would cost more than they bring.
+# Coefficients repeat from block to block up to an odd factor of the block, so that a table of one block suffices. torch
+# works through so few words in one thread: waiting for others would cost more than they bring.
 _BLOCK = 16 * 1024
 # Bytes that are copied at a time where they are not aligned as words are.
 _COPIED = 8 * 1024 * 1024
@@ -81,7 +81,7 @@ def _contribution(tensor: torch.Tensor) -> int:
 
 
 def _words(tensor: torch.Tensor, start: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields the 64-bit words that the values are in, and the index of the first; where others are in them are zeros."""
+    """Yields the 64-bit words that the values are in, padded with zeros, and the index of the first of them."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     position = start * tensor.element_size()
     while flat.numel():
