@@ -9,7 +9,6 @@ digest that was written with it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -23,7 +22,7 @@ from composer_bema.averaging.saving import BUFFERS, DIGESTS, MODEL_HOLDS, TRAINI
 from composer_bema.formats.completeness import saved_checkpoints, why_incomplete
 from composer_bema.formats.compression import uncompressed
 from composer_bema.formats.dcp import plain, read_folder
-from composer_bema.formats.entries import ENTRY, HEADER, SHAPES
+from composer_bema.formats.entries import ENTRY, HEADER, SHAPES, read_header
 from composer_bema.formats.tensors import LazyTensor
 from composer_bema.formats.unpickling import load_archive
 
@@ -222,7 +221,7 @@ class SavedAverage:
         self._checkpoint = checkpoint
         self.name = name
         try:
-            self.header = json.loads(plain(entry[HEADER]))
+            self.header = read_header(plain(entry[HEADER]))
             self.average: str = self.header['average']
             self._digests: dict[str, dict[str, int]] = self.header[DIGESTS]
             self._shapes: dict[str, list[int]] = self.header[SHAPES]

@@ -5,7 +5,7 @@
 
 Under ``state/callbacks/AveragingCheckpoint`` there is an entry for each average, by its class's name::
 
-    header             JSON: settings, clocks, counters, the shapes of the tensors and their digests
+    header             a checksum, and JSON: settings, clocks, counters, the tensors' shapes and digests
     buffers            theta_0, ema, bema, ...: each a dict of tensors by canonical name
     training_weights   a dict of tensors, while the checkpoint's model holds the average
 
@@ -19,6 +19,7 @@ those of sharded parameters flattened, so that any sharding can read its range o
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,16 @@ from composer_bema.averaging.parameters import local_tensor, named_tensors, para
 from composer_bema.averaging.saving import BUFFERS, TRAINING_WEIGHTS
 from composer_bema.averaging.sharding import FlatShard, gather
 
-__all__ = ['ENTRY', 'ENTRY_PATH', 'HEADER', 'SHAPES', 'load_sharded_entries', 'pack_entry', 'unpack_entry']
+__all__ = [
+    'ENTRY',
+    'ENTRY_PATH',
+    'HEADER',
+    'SHAPES',
+    'load_sharded_entries',
+    'pack_entry',
+    'read_header',
+    'unpack_entry',
+]
 
 ENTRY = 'AveragingCheckpoint'
 ENTRY_PATH = ('state', 'callbacks', ENTRY)
@@ -50,7 +60,7 @@ def pack_entry(saved: Mapping[str, Any], *, as_shards: bool) -> dict[str, Any]:
     tensors = {(name, n): tensor for name, group in groups.items() for n, tensor in group.items()}
     shapes = {n: list(t.shard.shape if isinstance(t, FlatShard) else t.shape) for (_, n), t in tensors.items()}
     plain = {name: value for name, value in saved.items() if name not in (BUFFERS, TRAINING_WEIGHTS)}
-    packed: dict[str, Any] = {HEADER: json.dumps({**plain, SHAPES: shapes}, default=_number), BUFFERS: {}}
+    packed: dict[str, Any] = {HEADER: _header({**plain, SHAPES: shapes}), BUFFERS: {}}
     for (name, n), tensor in (tensors if as_shards else _gathered(tensors)).items():
         place = packed if name == TRAINING_WEIGHTS else packed[BUFFERS]
         place.setdefault(name, {})[n] = tensor
@@ -58,9 +68,25 @@ def pack_entry(saved: Mapping[str, Any], *, as_shards: bool) -> dict[str, Any]:
 
 
 def unpack_entry(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the state that :func:`pack_entry` was given."""
+    """Returns the state that :func:`pack_entry` was given.
+
+    Raises:
+        ValueError: If the header is damaged.
+    """
     tensors = {name: value for name, value in packed.items() if name != HEADER}
-    return {BUFFERS: {}, **json.loads(packed[HEADER]), **tensors}
+    return {BUFFERS: {}, **read_header(packed[HEADER]), **tensors}
+
+
+def read_header(header: str) -> dict[str, Any]:
+    """Returns the plain values of an entry.
+
+    Raises:
+        ValueError: If they are not those that were saved.
+    """
+    checksum, _, text = header.partition(' ')
+    if checksum != _checksum(text):
+        raise ValueError('its header is damaged.')
+    return json.loads(text)
 
 
 def load_sharded_entries(reader: dcp.StorageReader, model: torch.nn.Module) -> dict[str, Any]:
@@ -102,6 +128,15 @@ def _gathered(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
     shards = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, FlatShard)}
     wholes = {**tensors, **gather(shards)} if shards else tensors
     return {key: tensor for key, tensor in wholes.items() if not isinstance(tensor, FlatShard)}
+
+
+def _header(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, default=_number)
+    return f'{_checksum(text)} {text}'
+
+
+def _checksum(text: str) -> str:
+    return f'{zlib.crc32(text.encode()):08x}'
 
 
 def _number(value: Any) -> Any:
