@@ -4,10 +4,12 @@
 # Every target does its own set-up, from nothing but make, Python 3.10-3.12 and pip, into .venv.
 #   make test PYTHON=python3.12              another Python for the environment (read when .venv is made)
 #   make test PYTEST_ARGS='-k decay -x'      arguments for pytest
+#   make test-kills KILLS_SEED=1             other moments
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+KILLS ?= 24
 
 UV := $(VENV)/uv/bin/uv
 INSTALLED := $(VENV)/.installed
@@ -18,7 +20,7 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study test lint format hooks clean
+.PHONY: help install quickstart study test test-kills lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -34,6 +36,9 @@ study: $(INSTALLED)  ## Tune the quickstart's averages again, over seeds: the ta
 
 test: $(INSTALLED)  ## Run the tests; those that need a GPU are skipped where there is none
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-kills: $(INSTALLED)  ## Kill each of the runs of tests/distributed/test_kill.py KILLS times (24), in five minutes
+	KILLS=$(KILLS) $(VENV)/bin/python -m pytest tests/distributed/test_kill.py -rP --show-capture=stdout $(PYTEST_ARGS)
 
 lint: $(LINTERS)  ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,8 @@ def _sharded_reader(state: State) -> Iterator[dcp.StorageReader]:
     path = partial_format(state.load_path, run_name=state.run_name)
     store = maybe_create_object_store_from_uri(path)
     if store is None:
+        if not os.path.exists(path):
+            raise FileNotFoundError('a load_object_store is not handed on to callbacks, so give load_path as a URI.')
         yield dcp.FileSystemReader(path)
         return
     with tempfile.TemporaryDirectory() as folder:
