@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from composer import Logger, State
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri, partial_format
 from composer.utils.checkpoint import DistCPObjectStoreReader
+from composer.utils.file_helpers import extract_path_from_symlink
 
 from composer_bema.algorithms.savers import AfterSavers, Swappable
 from composer_bema.averaging.saving import MODEL_HOLDS
@@ -163,5 +164,7 @@ def _sharded_reader(state: State) -> Iterator[dcp.StorageReader]:
         # One download for the ranks of a node.
         folder = dist.all_gather_object(folder)[dist.get_global_rank() - dist.get_local_rank()]
         _, _, source = parse_uri(path)
+        if source.endswith('.symlink'):
+            source = extract_path_from_symlink(source, object_store=store)
         yield DistCPObjectStoreReader(source, str(Path(folder) / 'checkpoint'), store, state.device_mesh)
         dist.barrier()
