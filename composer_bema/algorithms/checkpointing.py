@@ -52,6 +52,8 @@ class Restorable(Swappable, Protocol):
 class AveragingCheckpoint(AfterSavers):
     """Keeps the averages of a run in its checkpoints, and which of them the checkpoint's model holds.
 
+    While a checkpoint is being loaded it has no state, so that it asks for nothing that the checkpoint may lack.
+
     Args:
         averages (Sequence[Restorable]): The averages of the run, of different classes.
         state (State): The run.
@@ -66,8 +68,7 @@ class AveragingCheckpoint(AfterSavers):
 
     def state_dict(self) -> dict[str, Any]:
         if self._is_loading:
-            # Composer asks for memory to load a sharded checkpoint into, which fails if the checkpoint has less than
-            # that. What it has of ours is read once the model is loaded.
+            # Composer asks for memory to load a sharded checkpoint into. What it has of ours is read after that.
             return {}
         holder = next((average for average in self._averages if average.swapped_for), None)
         return {
@@ -144,9 +145,15 @@ def _sharded_entries(state: State) -> dict[str, Any]:
     try:
         with _sharded_reader(state) as reader:
             return load_sharded_entries(reader, state.model)
-    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reason = ' '.join(str(error).split())
-        raise ValueError(f"The averages in '{state.load_path}' cannot be read: {reason}") from error
+    except (dcp.api.CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"The averages in '{state.load_path}' cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, dcp.api.CheckpointException):
+        # The first of the ranks that failed; its own text has all their tracebacks.
+        error, _ = next(iter(error.failures.values()))
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
 @contextlib.contextmanager

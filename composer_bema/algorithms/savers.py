@@ -118,8 +118,9 @@ def prepare_savers(callbacks: Sequence[Callback], averages: Sequence[Swappable])
             callback.run_event = _RestoreOnError(original, averages)
         for name in _SAVE_INTERVALS:
             interval = getattr(callback, name, None)
-            if callable(interval) and not isinstance(interval, _AskedOnce):
-                setattr(callback, name, _AskedOnce(interval))
+            if callable(interval):
+                # Anew for each run, whose first step is not the last one's.
+                setattr(callback, name, _AskedOnce(interval.interval if isinstance(interval, _AskedOnce) else interval))
 
 
 class _RestoreOnError:
@@ -143,12 +144,12 @@ class _AskedOnce:
     """An interval that gives the same answer to all who ask at one event of one step."""
 
     def __init__(self, interval: Callable[..., Any]) -> None:
-        self._interval = interval
+        self.interval = interval
         self._asked: Optional[tuple[int, Event]] = None
         self._answer = False
 
     def __call__(self, state: State, event: Event) -> bool:
         if self._asked != (state.timestamp.batch.value, event):
             self._asked = (state.timestamp.batch.value, event)
-            self._answer = bool(self._interval(state, event))
+            self._answer = bool(self.interval(state, event))
         return self._answer

@@ -11,15 +11,26 @@ from typing import Any
 import torch
 
 from composer_bema.averaging.digests import digests_of
-from composer_bema.averaging.parameters import local_tensor, matching_tensors, named_tensors, parameter_shards
+from composer_bema.averaging.parameters import local_tensor, named_tensors, parameter_shards
 from composer_bema.averaging.sharding import FlatShard, Shard, local_part
 
-__all__ = ['BUFFERS', 'DIGESTS', 'MODEL_HOLDS', 'TRAINING_WEIGHTS', 'TensorGroups', 'flat_shards', 'loaded_tensors']
+__all__ = [
+    'BUFFERS',
+    'DIGESTS',
+    'MODEL_HOLDS',
+    'SHAPES',
+    'TRAINING_WEIGHTS',
+    'TensorGroups',
+    'flat_shards',
+    'loaded_tensors',
+    'shapes_of',
+]
 
 # The keys of a saved state, beside the counters that go by their attributes' names.
 BUFFERS = 'buffers'
 DIGESTS = 'digests'
 MODEL_HOLDS = 'model_holds'
+SHAPES = 'shapes'
 TRAINING_WEIGHTS = 'training_weights'
 
 # Tensors by canonical name, by the name of the buffer that they make up, or as `TRAINING_WEIGHTS`.
@@ -29,6 +40,12 @@ TensorGroups = dict[str, dict[str, torch.Tensor]]
 def flat_shards(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
     """Returns local tensors as they are saved: those that are shards as `FlatShard`."""
     return {n: FlatShard(tensor, shards[n]) if n in shards else tensor for n, tensor in tensors.items()}
+
+
+def shapes_of(tensors: TensorGroups) -> dict[str, list[int]]:
+    """Returns the shapes of tensors, of the whole ones if they are sharded, by canonical name."""
+    named = {n: tensor for group in tensors.values() for n, tensor in group.items()}
+    return {n: list(t.shard.shape if isinstance(t, FlatShard) else t.shape) for n, t in named.items()}
 
 
 def loaded_tensors(state: Mapping[str, Any], model: torch.nn.Module) -> TensorGroups:
@@ -44,12 +61,11 @@ def loaded_tensors(state: Mapping[str, Any], model: torch.nn.Module) -> TensorGr
     named, shards = named_tensors(model), parameter_shards(model)
     live = {n: local_tensor(tensor) for n, tensor in named.items()}
     saved = _completed(state, flat_shards(live, shards))
+    _check_shapes({**shapes_of(saved), **state[SHAPES]}, shapes_of({'live': flat_shards(live, shards)}))
     local = {
         name: {n: local_part(tensor, live.get(n), shards.get(n)) for n, tensor in group.items()}
         for name, group in saved.items()
     }
-    for group in local.values():
-        matching_tensors(group, named)
     _check_digests(saved, state[DIGESTS])
     return local
 
@@ -70,6 +86,17 @@ def _completed(state: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> Te
                 raise ValueError(f"The average has a tensor '{n}' that the model lacks.")
             group[n] = live[n]
     return saved
+
+
+def _check_shapes(saved: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> None:
+    """Checks whole shapes, so that all ranks come to the same verdict."""
+    for n, shape in saved.items():
+        if n not in wanted:
+            raise ValueError(f"The average has a tensor '{n}' that the model lacks.")
+        if shape != wanted[n]:
+            raise ValueError(
+                f"The average of '{n}' has the shape {tuple(shape)}, but the model's has {tuple(wanted[n])}.",
+            )
 
 
 def _check_digests(saved: TensorGroups, digests: Mapping[str, Mapping[str, int]]) -> None:

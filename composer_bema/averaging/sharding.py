@@ -76,7 +76,6 @@ class FlatShard(torch.Tensor):
         raise TypeError('One shard of a tensor cannot be pickled: save it with torch.distributed.checkpoint.')
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        # An empty range at the place of another rank's would be taken for it.
         return [
             WriteItem(
                 index=MetadataIndex(fqn, chunk.offsets),
@@ -87,7 +86,8 @@ class FlatShard(torch.Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        if not self.local.numel():
+        if self.numel() and not self.local.numel():
+            # An empty range at the place of another rank's would be taken for it.
             return []
         return [ChunkStorageMetadata(torch.Size([self.shard.start]), self.local.size())]
 
@@ -119,7 +119,10 @@ def reshard(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                # Its reshard() would keep the root's, after a forward pass that raised.
+                group._to_sharded()
         elif isinstance(module, FullyShardedDataParallel):
             handle = module._handle
             if handle is not None and handle.uses_sharded_strategy and _holds_full_parameters(handle):
@@ -234,6 +237,7 @@ def _receive(like: torch.Tensor, length: int, source: int) -> torch.Tensor:
 
 def _wire(device: torch.device) -> torch.device:
     """Returns where a tensor of ``device`` has to be for the process group to send it."""
-    if torch.distributed.get_backend() == 'gloo':
-        return torch.device('cpu')
-    return device if device.type != 'cpu' else torch.device('cuda', torch.cuda.current_device())
+    supported = {device.type for device in torch.distributed.group.WORLD._device_types}  # type: ignore
+    if device.type in supported:
+        return device
+    return torch.device('cuda', torch.cuda.current_device()) if 'cuda' in supported else torch.device('cpu')

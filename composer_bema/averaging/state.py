@@ -31,10 +31,12 @@ from composer_bema.averaging.saving import (
     BUFFERS,
     DIGESTS,
     MODEL_HOLDS,
+    SHAPES,
     TRAINING_WEIGHTS,
     TensorGroups,
     flat_shards,
     loaded_tensors,
+    shapes_of,
 )
 from composer_bema.averaging.sharding import FlatShard, Shard, gather, share, sum_over_ranks
 from composer_bema.averaging.swapping import Swap
@@ -256,13 +258,15 @@ class AverageState:
         bit: the model's own state dict has to be saved beside it. Sharded tensors are `FlatShard`, which
         ``torch.distributed.checkpoint`` saves and loads.
         """
+        everything = self._tensors()
         state = {
             'num_updates': self.num_updates,
             'num_skipped': self.num_skipped,
-            DIGESTS: digests_of(self._tensors()),
+            SHAPES: shapes_of(everything),
+            DIGESTS: digests_of(everything),
         }
         if self._swap is None:
-            return {**state, MODEL_HOLDS: 'training', BUFFERS: self._tensors()}
+            return {**state, MODEL_HOLDS: 'training', BUFFERS: everything}
         tensors = self._tensors(omitted=self._swap.in_model)
         training_weights = tensors.pop(TRAINING_WEIGHTS)
         return {**state, MODEL_HOLDS: 'average', BUFFERS: tensors, TRAINING_WEIGHTS: training_weights}
@@ -459,8 +463,7 @@ def _narrow_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def _any_rank(flag: bool, device: torch.device) -> bool:
     """Returns whether the flag is set on any rank: one scalar all-reduce, so that all ranks decide alike."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not torch.distributed.is_initialized():
         return flag
-    verdict = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MAX)
-    return bool(verdict.item())
+    [votes] = sum_over_ranks([int(flag)], device)
+    return votes > 0

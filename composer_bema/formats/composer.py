@@ -18,11 +18,11 @@ from typing import Any, NoReturn, Optional, Union
 import torch
 
 from composer_bema.averaging.digests import digest
-from composer_bema.averaging.saving import BUFFERS, DIGESTS, MODEL_HOLDS, TRAINING_WEIGHTS
+from composer_bema.averaging.saving import BUFFERS, DIGESTS, MODEL_HOLDS, SHAPES, TRAINING_WEIGHTS
 from composer_bema.formats.completeness import saved_checkpoints, why_incomplete
 from composer_bema.formats.compression import uncompressed
 from composer_bema.formats.dcp import plain, read_folder
-from composer_bema.formats.entries import ENTRY, HEADER, SHAPES, read_header
+from composer_bema.formats.entries import ENTRY, HEADER, read_header
 from composer_bema.formats.tensors import LazyTensor
 from composer_bema.formats.unpickling import load_archive
 

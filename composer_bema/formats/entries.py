@@ -35,7 +35,6 @@ __all__ = [
     'ENTRY',
     'ENTRY_PATH',
     'HEADER',
-    'SHAPES',
     'load_sharded_entries',
     'pack_entry',
     'read_header',
@@ -45,7 +44,6 @@ __all__ = [
 ENTRY = 'AveragingCheckpoint'
 ENTRY_PATH = ('state', 'callbacks', ENTRY)
 HEADER = 'header'
-SHAPES = 'shapes'
 
 
 def pack_entry(saved: Mapping[str, Any], *, as_shards: bool) -> dict[str, Any]:
@@ -58,10 +56,9 @@ def pack_entry(saved: Mapping[str, Any], *, as_shards: bool) -> dict[str, Any]:
     """
     groups = {**saved[BUFFERS], TRAINING_WEIGHTS: saved.get(TRAINING_WEIGHTS, {})}
     tensors = {(name, n): tensor for name, group in groups.items() for n, tensor in group.items()}
-    shapes = {n: list(t.shard.shape if isinstance(t, FlatShard) else t.shape) for (_, n), t in tensors.items()}
     plain = {name: value for name, value in saved.items() if name not in (BUFFERS, TRAINING_WEIGHTS)}
-    packed: dict[str, Any] = {HEADER: _header({**plain, SHAPES: shapes}), BUFFERS: {}}
-    for (name, n), tensor in (tensors if as_shards else _gathered(tensors)).items():
+    packed: dict[str, Any] = {HEADER: _header(plain), BUFFERS: {}}
+    for (name, n), tensor in (_written_here(tensors) if as_shards else _gathered(tensors)).items():
         place = packed if name == TRAINING_WEIGHTS else packed[BUFFERS]
         place.setdefault(name, {})[n] = tensor
     return packed
@@ -115,12 +112,20 @@ def load_sharded_entries(reader: dcp.StorageReader, model: torch.nn.Module) -> d
         if isinstance(stored, BytesStorageMetadata):
             place[n] = None
         elif n in shards:
-            place[n] = FlatShard(torch.empty_like(local_tensor(named[n]), dtype=stored.properties.dtype), shards[n])
+            # In host memory: beside the model and its average there may be no room.
+            memory = torch.empty(local_tensor(named[n]).numel(), dtype=stored.properties.dtype)
+            place[n] = FlatShard(memory, shards[n])
         else:
             place[n] = torch.empty(stored.size, dtype=stored.properties.dtype)
     if entries:
         dcp.load({'state': {'callbacks': {ENTRY: entries}}}, storage_reader=reader)
     return entries
+
+
+def _written_here(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+    """Returns shards, and on rank 0 whole tensors too: each rank has its own, and the digests are of rank 0's."""
+    is_first_rank = torch.distributed.get_rank() == 0
+    return {key: tensor for key, tensor in tensors.items() if is_first_rank or isinstance(tensor, FlatShard)}
 
 
 def _gathered(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
