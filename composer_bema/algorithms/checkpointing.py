@@ -153,7 +153,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException):
         # The first of the ranks that failed; its own text has all their tracebacks.
         error, _ = next(iter(error.failures.values()))
-    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+    text = ' '.join(str(error).split())
+    return text if isinstance(error, (OSError, ValueError)) else f'{type(error).__name__}: {text}'
 
 
 @contextlib.contextmanager
