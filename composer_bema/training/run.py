@@ -12,6 +12,7 @@ from composer.models import HuggingFaceModel
 from composer.trainer import Trainer
 from composer.utils import dist, format_name_with_dist, get_device, reproducibility
 from composer.utils.file_helpers import is_uri
+from torch.distributed.checkpoint.api import CheckpointException
 
 from composer_bema.formats.completeness import newest_complete_checkpoint
 from composer_bema.training.checks import build_named, check_config, device_batch_size
@@ -118,8 +119,9 @@ def _make_trainer(config: TrainConfig, arguments: dict[str, Any]) -> Trainer:
         return Trainer(**arguments)
     except (ValueError, TypeError, OSError):
         raise
-    except Exception as error:
-        # Of a file that is no checkpoint, or another model's, torch makes RuntimeError, KeyError, EOFError and others.
+    except (Exception, CheckpointException) as error:
+        # Of a file that is no checkpoint, or another model's, torch makes RuntimeError, KeyError, EOFError and others,
+        # and of a folder of shards an error that is no Exception.
         reason = f'{type(error).__name__}: {" ".join(str(error).split())}'.removesuffix(': ')
         source = arguments['load_path'] or (config.autoresume and config.save_folder)
         what = f"The checkpoint in '{source}' cannot be loaded into this run" if source else 'The run cannot be set up'

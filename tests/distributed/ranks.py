@@ -201,6 +201,8 @@ def _run_rank(rank: int, world_size: int, port: int, folder: Path, call: bytes, 
     with open(folder / f'{rank}.log', 'wb', buffering=0) as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
+            # A rank that crashes would take what it has not written yet with it.
+            stream.reconfigure(line_buffering=True)
     faulthandler.enable()
     # Ends the process without Python's help, and also if nobody is left to kill it.
     faulthandler.dump_traceback_later(timeout, exit=True)
