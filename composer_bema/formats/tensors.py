@@ -1,45 +1,67 @@
 # Copyright 2026 composer_bema authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tensors of a checkpoint that are read when they are asked for, so that one at a time is in memory."""
+"""Tensors of a checkpoint that are read when they are asked for, whole or piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 
-from composer_bema.averaging.digests import digest
+from composer_bema.averaging.digests import add_digests, digest
 
 __all__ = ['LazyTensor']
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is known by its shape and dtype, and read by calling ``read``."""
+    """A tensor that is known by its shape and dtype, and read by calling ``read`` or ``pieces``.
+
+    Without a ``stream`` of its own its pieces are views of what ``read`` returns. That is as good where a file is mapped
+    into memory.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    stream: Optional[Callable[[int], Iterator[torch.Tensor]]] = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> LazyTensor:
         """Returns one that needs no reading."""
         return cls(tensor.shape, tensor.dtype, lambda: tensor)
 
+    def pieces(self, size: int) -> Iterator[torch.Tensor]:
+        """Yields the values in row-major order, ``size`` of them at a time, to be looked at and not written to."""
+        if self.stream is not None:
+            return self.stream(size)
+        return iter(self.read().reshape(-1).split(size))
+
     def to(self, dtype: torch.dtype) -> LazyTensor:
         """Returns it in another dtype; what is no floating-point number stays as it is."""
         if dtype == self.dtype or not self.dtype.is_floating_point:
             return self
-        return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
+        return LazyTensor(
+            self.shape,
+            dtype,
+            lambda: self.read().to(dtype),
+            lambda size: (piece.to(dtype) for piece in self.pieces(size)),
+        )
 
     def reshape(self, shape: torch.Size) -> LazyTensor:
         """Returns it in another shape of as many elements."""
-        return self if shape == self.shape else LazyTensor(shape, self.dtype, lambda: self.read().reshape(shape))
+        if shape == self.shape:
+            return self
+        return LazyTensor(shape, self.dtype, lambda: self.read().reshape(shape), self.stream)
 
     def checked(self, expected: int, complaint: str) -> LazyTensor:
-        """Returns it with a check of its digest: reading other values raises a ``ValueError`` of ``complaint``."""
+        """Returns it with a check of its digest: reading other values raises a ``ValueError`` of ``complaint``.
+
+        Of one that is read piece by piece this is known after the last piece.
+        """
 
         def read() -> torch.Tensor:
             tensor = self.read()
@@ -47,4 +69,13 @@ class LazyTensor:
                 raise ValueError(complaint)
             return tensor
 
-        return LazyTensor(self.shape, self.dtype, read)
+        def stream(size: int) -> Iterator[torch.Tensor]:
+            found, start = 0, 0
+            for piece in self.pieces(size):
+                found = add_digests(found, digest(piece, start))
+                start += piece.numel()
+                yield piece
+            if found != expected:
+                raise ValueError(complaint)
+
+        return LazyTensor(self.shape, self.dtype, read, stream)
