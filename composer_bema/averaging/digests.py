@@ -21,9 +21,9 @@ from composer_bema.averaging.sharding import FlatShard, sum_over_ranks
 
 __all__ = ['add_digests', 'digest', 'digests_of']
 
-# Coefficients repeat from block to block up to an odd factor of the block, so that a table of one block suffices. torch
-# works through so few words in one thread: waiting for others would cost more than they bring.
+# Coefficients repeat from block to block up to an odd factor of the block, so that a table of one block suffices.
 _BLOCK = 16 * 1024
+_BLOCKS_AT_A_TIME = 512
 # Bytes that are copied at a time where they are not aligned as words are.
 _COPIED = 8 * 1024 * 1024
 _MASK = 2**64 - 1
@@ -41,17 +41,28 @@ def digest(tensor: torch.Tensor, start: int = 0) -> int:
     Returns:
         int: A signed 64-bit number, which depends on the bits and their places only.
     """
-    table = _coefficients(tensor.device)
     # 64-bit integers wrap around, which is the modulus wanted.
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for index, words in _words(tensor, start):
         while words.numel():
-            block, offset = divmod(index, _BLOCK)
-            head = words[: _BLOCK - offset]
-            partial = torch.mul(head, table[offset : offset + head.numel()]).sum()
-            total += partial * _signed(_GOLDEN_RATIO * block | 1)
+            # As far as the block that has begun goes, or many whole ones.
+            to_the_end = -index % _BLOCK
+            whole = min(words.numel() // _BLOCK, _BLOCKS_AT_A_TIME) * _BLOCK
+            head = words[: to_the_end or whole or words.numel()]
+            total += _sum(head, index)
             words, index = words[head.numel() :], index + head.numel()
     return int(total.item())
+
+
+def _sum(words: torch.Tensor, index: int) -> torch.Tensor:
+    """Returns the sum of the products of whole blocks of words, or of words within one block."""
+    block, offset = divmod(index, _BLOCK)
+    rows = words.view(-1, min(words.numel(), _BLOCK))
+    table = _coefficients(words.device)[offset : offset + rows.shape[1]]
+    # There is no product of matrices of integers on a GPU.
+    partial = rows.mv(table) if words.device.type == 'cpu' else (rows * table).sum(1)
+    factors = [_signed(_GOLDEN_RATIO * b | 1) for b in range(block, block + rows.shape[0])]
+    return (partial * torch.tensor(factors, device=words.device)).sum()
 
 
 def add_digests(*digests: int) -> int:
