@@ -53,7 +53,7 @@ def follow(model: Trajectory, state: cf.LoopState, names: tuple[str, ...] = TRAI
         assert isinstance(updated, bool)
         if not updated:
             continue
-        coefficients = state.rule.linear_step(step, state.update_freq).coefficients
+        coefficients = state.rule.linear_step(step, state.update_freq, 0).coefficients
         buffers = state.state_dict()['buffers']
         average = state.average()
         seen[step] = {

@@ -7,8 +7,7 @@ Three schedules are in print under nearly the same formula, and their code diffe
 
 * the paper's and TRL's, which is ours: :math:`(\rho + \gamma t)^{-\kappa}` with t counted from the run's start;
 * the reference *offline* code's: :math:`(1 + \gamma \max(t - \tau + \rho, 1))^{-\kappa}`, without gamma in alpha. It is
-  the same class with another origin and offset: ``PowerDecay(kappa, lag=1, multiplier=gamma, origin=tau - rho,
-  min_age=1)``;
+  the same class with another origin and offset, see :func:`reference_decay`;
 * the reference *online* code's, where gamma is a prefactor that can push the weight of the newest weights above 1. A
   weight above 1 is no average, so that one cannot be expressed here.
 
@@ -22,7 +21,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ['ConstantDecay', 'Decay', 'HalfLifeDecay', 'PowerDecay', 'require_number']
+__all__ = ['ConstantDecay', 'Decay', 'HalfLifeDecay', 'PowerDecay', 'reference_decay', 'require_number']
 
 
 def require_number(name: str, value: Any, at_most: float = math.inf) -> None:
@@ -62,8 +61,8 @@ class PowerDecay:
         power (float): p, at least 0. ``0`` is the constant 1, a large value fades fast.
         lag (float): rho, the virtual age at the origin, in steps times ``multiplier``; at least 0.
         multiplier (float): gamma, the pace of the decay; at least 0.
-        origin (int): The step from which the age counts.
-        min_age (int): The age is never below this.
+        origin (float): The step from which the age counts.
+        min_age (float): The age is never below this, in steps.
         floor (float): The coefficient is never below this; in [0, 1].
 
     Raises:
@@ -74,8 +73,8 @@ class PowerDecay:
     power: float
     lag: float = 10.0
     multiplier: float = 1.0
-    origin: int = 0
-    min_age: int = 0
+    origin: float = 0
+    min_age: float = 0
     floor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -87,6 +86,25 @@ class PowerDecay:
         base = float(self.lag + self.multiplier * max(step - self.origin, self.min_age))
         # Below 1 the power would exceed 1 (or divide by zero), and alpha and beta never do.
         return max(base**-self.power, self.floor) if base > 1 else 1.0
+
+
+def reference_decay(
+    power: float,
+    lag: float,
+    update_after: int,
+    multiplier: float = 1.0,
+    floor: float = 0.0,
+) -> PowerDecay:
+    r"""Returns the schedule of the reference offline code: :math:`(1 + \gamma \max(t - \tau + \rho, 1))^{-p}`.
+
+    Args:
+        power (float): p.
+        lag (float): rho, in steps.
+        update_after (int): tau, in steps.
+        multiplier (float): gamma.
+        floor (float): The coefficient is never below this; in [0, 1].
+    """
+    return PowerDecay(power, 1.0, multiplier, origin=update_after - lag, min_age=1, floor=floor)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Optional, Protocol, Union
 
-from composer_bema.averaging.decay import ConstantDecay, Decay, HalfLifeDecay, PowerDecay, require_number
+from composer_bema.averaging.decay import (
+    ConstantDecay,
+    Decay,
+    HalfLifeDecay,
+    PowerDecay,
+    reference_decay,
+    require_number,
+)
 from composer_bema.averaging.defaults import DEFAULTS
 
 __all__ = [
     'BEMA',
+    'DEMA',
     'EMA',
+    'OUEMA',
     'THETA',
     'THETA_0',
     'Difference',
@@ -29,7 +38,9 @@ __all__ = [
     'Row',
     'Rule',
     'bema_rule',
+    'dema_rule',
     'ema_rule',
+    'ouema_rule',
 ]
 
 # The operands of a row: the training weights, and the buffers that a rule keeps. These names reach checkpoints.
@@ -91,8 +102,14 @@ class Rule(Protocol):
         """The rule for floating-point module buffers, such as BatchNorm's running statistics."""
         ...
 
-    def linear_step(self, step: int, elapsed: float) -> LinearStep:
-        """Returns the update at ``step`` optimizer steps, ``elapsed`` after the previous one."""
+    def linear_step(self, step: int, elapsed: float, num_updates: int) -> LinearStep:
+        """Returns an update.
+
+        Args:
+            step (int): t, the optimizer steps done since the start of the run.
+            elapsed (float): The time since the previous update, in the unit of the half-life.
+            num_updates (int): The updates done before.
+        """
         ...
 
 
@@ -113,7 +130,7 @@ class EMA:
     def statistics(self) -> EMA:
         return self
 
-    def linear_step(self, step: int, elapsed: float) -> LinearStep:
+    def linear_step(self, step: int, elapsed: float, num_updates: int) -> LinearStep:
         beta = self.beta(step, elapsed)
         return LinearStep((Lerp('ema', THETA, beta),), {'beta': beta})
 
@@ -138,9 +155,66 @@ class BEMA:
         # A variance must stay positive, and a correction can push it below zero.
         return EMA(self.beta)
 
-    def linear_step(self, step: int, elapsed: float) -> LinearStep:
+    def linear_step(self, step: int, elapsed: float, num_updates: int) -> LinearStep:
         alpha, beta = self.alpha(step, elapsed), self.beta(step, elapsed)
         rows = (Lerp('ema', THETA, beta), Difference('bema', 'ema', alpha, THETA, THETA_0))
+        return LinearStep(rows, {'alpha': alpha, 'beta': beta})
+
+
+@dataclass(frozen=True)
+class DEMA:
+    r"""The double EMA, :math:`DEMA_t = 2 EMA_t - EMA(EMA)_t`, whose lag on a straight line is zero (Mulloy, 1994).
+
+    Args:
+        beta (Decay): The weight of the newest weights in either EMA.
+    """
+
+    beta: Decay
+    buffers = ('ema', 'ema_of_ema', 'dema')
+    constants = ()
+    average = 'dema'
+
+    @property
+    def statistics(self) -> EMA:
+        # Its coefficients can be negative, and a variance must stay positive.
+        return EMA(self.beta)
+
+    def linear_step(self, step: int, elapsed: float, num_updates: int) -> LinearStep:
+        beta = self.beta(step, elapsed)
+        rows = (
+            Lerp('ema', THETA, beta),
+            Lerp('ema_of_ema', 'ema', beta),
+            Difference('dema', 'ema', 1.0, 'ema', 'ema_of_ema'),
+        )
+        return LinearStep(rows, {'beta': beta})
+
+
+@dataclass(frozen=True)
+class OUEMA:
+    r"""The EMA of de-biased weights: of :math:`u_t = (\theta_t - \alpha_t \theta_0) / (1 - \alpha_t)`.
+
+    It takes the training for an Ornstein-Uhlenbeck process, which forgets theta_0 as alpha says (arXiv 2508.00180).
+
+    Args:
+        alpha (Decay): How much of theta_0 is left; below 1.
+        beta (Decay): The weight of the newest of them in the EMA.
+    """
+
+    alpha: Decay
+    beta: Decay
+    buffers = (THETA_0, 'ouema')
+    constants = (THETA_0,)
+    average = 'ouema'
+
+    @property
+    def statistics(self) -> EMA:
+        return EMA(self.beta)
+
+    def linear_step(self, step: int, elapsed: float, num_updates: int) -> LinearStep:
+        alpha, beta = self.alpha(step, elapsed), self.beta(step, elapsed)
+        # u_t is theta_t + alpha / (1 - alpha) (theta_t - theta_0), which needs no buffer.
+        correction = beta * alpha / (1 - alpha)
+        rows = (Lerp('ouema', THETA, beta), Difference('ouema', 'ouema', correction, THETA, THETA_0))
         return LinearStep(rows, {'alpha': alpha, 'beta': beta})
 
 
@@ -156,7 +230,7 @@ class Latest:
     def statistics(self) -> Latest:
         return self
 
-    def linear_step(self, step: int, elapsed: float) -> LinearStep:
+    def linear_step(self, step: int, elapsed: float, num_updates: int) -> LinearStep:
         return LinearStep((Lerp('latest', THETA, 1.0),), {})
 
 
@@ -220,6 +294,52 @@ def bema_rule(
         return ema
     _require_numbers(bias_power=bias_power)
     return BEMA(alpha=PowerDecay(bias_power, lag, multiplier), beta=ema.beta)
+
+
+def dema_rule(
+    ema_power: Optional[float] = DEFAULTS.ema_power,
+    lag: float = DEFAULTS.lag,
+    multiplier: float = DEFAULTS.multiplier,
+    min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
+    half_life: Optional[float] = None,
+    smoothing: Optional[float] = None,
+) -> DEMA:
+    """Returns the double EMA; its arguments and errors are those of :func:`ema_rule`, but it is nothing without an EMA.
+
+    Raises:
+        ValueError: If ``ema_power`` is ``None`` without another rate.
+    """
+    if ema_power is None and half_life is None and smoothing is None:
+        raise ValueError('DEMA is an average of EMAs: give ema_power, half_life or smoothing.')
+    return DEMA(ema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life, smoothing).beta)
+
+
+def ouema_rule(
+    ema_power: Optional[float] = DEFAULTS.ema_power,
+    bias_power: Optional[float] = DEFAULTS.bias_power,
+    lag: float = DEFAULTS.lag,
+    multiplier: float = DEFAULTS.multiplier,
+    min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
+    half_life: Optional[float] = None,
+    update_after: int = DEFAULTS.update_after,
+) -> Union[OUEMA, EMA]:
+    r"""Returns the EMA of de-biased weights, which without a bias correction is the EMA.
+
+    Its :math:`\alpha_t = (1 + \max(t - \tau + \rho, 1))^{-\eta}` counts from the burn-in, as the reference's does.
+
+    Args:
+        bias_power (float, optional): eta, more than 0; ``None`` switches the correction off.
+        update_after (int): tau, in steps.
+
+    The other arguments, and the errors, are those of :func:`ema_rule`.
+    """
+    ema = ema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life)
+    if bias_power is None:
+        return ema
+    _require_numbers(bias_power=bias_power)
+    if bias_power == 0:
+        raise ValueError('bias_power must be positive, but is 0, which would divide by zero in OUEMA.')
+    return OUEMA(reference_decay(bias_power, lag, update_after), ema.beta)
 
 
 def _require_numbers(**settings: object) -> None:

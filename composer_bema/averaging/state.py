@@ -146,7 +146,7 @@ class AverageState:
         if self.nonfinite != 'ignore' and not self._all_finite(theta, step):
             self.num_skipped += 1
             return None
-        steps = [group.rule.linear_step(step, elapsed) for group in self._groups]
+        steps = [group.rule.linear_step(step, elapsed, self.num_updates) for group in self._groups]
         for linear_step, group, tensors in zip(steps, self._groups, theta, strict=True):
             buffers = {name: [kept[n] for n in tensors] for name, kept in group.buffers.items()}
             kernels.apply_step(linear_step, list(tensors.values()), buffers)

@@ -43,9 +43,9 @@ step_lists = st.lists(st.integers(min_value=0, max_value=10**5), min_size=1, max
 def fold(rule: Rule, start: Any, steps: Iterable[int], thetas: Iterable[Any]) -> dict[str, Any]:
     """The buffers of a rule after updates at `steps`, from `start`."""
     values = dict.fromkeys(rule.buffers, start)
-    for step, theta in zip(steps, thetas, strict=True):
+    for index, (step, theta) in enumerate(zip(steps, thetas, strict=True)):
         values[THETA] = theta
-        apply_rows(rule.linear_step(step, 1.0), values)
+        apply_rows(rule.linear_step(step, 1.0, index), values)
     return values
 
 
@@ -57,7 +57,7 @@ def coefficients(rule: Rule, steps: list[int]) -> dict[str, np.ndarray]:
 
 def test_the_bema_step_reads_as_the_paper_writes_it():
     rule = BEMA(alpha=PowerDecay(0.2), beta=PowerDecay(0.5))
-    step = rule.linear_step(22, 1.0)
+    step = rule.linear_step(22, 1.0, 0)
     alpha, beta = 32**-0.2, 32**-0.5
     assert step.rows == (Lerp('ema', 'theta', beta), Difference('bema', 'ema', alpha, 'theta', 'theta_0'))
     assert step.coefficients == {'alpha': alpha, 'beta': beta}
@@ -93,7 +93,7 @@ def test_bema_is_the_ema_and_a_correction_of_the_newest_weights(settings, steps)
     assert isinstance(rule, BEMA)
     weights = coefficients(rule, steps)
     correction = np.zeros(len(steps) + 1)
-    alpha = rule.linear_step(steps[-1], 1.0).coefficients['alpha']
+    alpha = rule.linear_step(steps[-1], 1.0, 0).coefficients['alpha']
     correction[[0, -1]] = -alpha, alpha
     np.testing.assert_allclose(weights['bema'], weights['ema'] + correction, rtol=0, atol=1e-14)
     np.testing.assert_array_equal(weights['theta_0'], np.eye(len(steps) + 1)[0])
@@ -119,28 +119,28 @@ def test_without_a_correction_bema_is_the_ema():
 
 def test_a_power_of_zero_is_not_off():
     """A kappa of 0 keeps no history; an eta of 0 corrects fully and for ever."""
-    assert bema_rule(ema_power=0.0).linear_step(10**6, 1.0).coefficients['beta'] == 1
-    assert bema_rule(bias_power=0.0).linear_step(10**6, 1.0).coefficients['alpha'] == 1
+    assert bema_rule(ema_power=0.0).linear_step(10**6, 1.0, 0).coefficients['beta'] == 1
+    assert bema_rule(bias_power=0.0).linear_step(10**6, 1.0, 0).coefficients['alpha'] == 1
 
 
 def test_the_defaults_are_the_papers():
     rule = bema_rule()
     assert rule == BEMA(alpha=PowerDecay(0.2, 10, 1), beta=PowerDecay(0.5, 10, 1, floor=0.0))
-    assert rule.linear_step(0, 1.0).coefficients == {'alpha': 10**-0.2, 'beta': 10**-0.5}
+    assert rule.linear_step(0, 1.0, 0).coefficients == {'alpha': 10**-0.2, 'beta': 10**-0.5}
 
 
 def test_the_floor_holds_beta_only():
-    step = bema_rule(min_ema_multiplier=0.9).linear_step(1000, 1.0)
+    step = bema_rule(min_ema_multiplier=0.9).linear_step(1000, 1.0, 0)
     assert step.coefficients == {'alpha': 1010**-0.2, 'beta': 0.9}
 
 
 def test_a_constant_rate_replaces_the_power_of_the_ema_only():
     assert ema_rule(smoothing=0.99) == EMA(ConstantDecay(1 - 0.99))
-    assert ema_rule(smoothing=0.0).linear_step(7, 1.0).coefficients == {'beta': 1.0}
+    assert ema_rule(smoothing=0.0).linear_step(7, 1.0, 0).coefficients == {'beta': 1.0}
     assert ema_rule(half_life=8) == EMA(HalfLifeDecay(8))
     rule = bema_rule(half_life=8)
     assert rule == BEMA(alpha=PowerDecay(0.2), beta=HalfLifeDecay(8))
-    assert rule.linear_step(100, 8.0).coefficients['beta'] == pytest.approx(0.5, rel=1e-15)
+    assert rule.linear_step(100, 8.0, 0).coefficients['beta'] == pytest.approx(0.5, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_folding_a_rule_gives_the_offline_averages_of_the_reference(golden, id):
             if not updated[row]:
                 continue
             values[THETA] = weights[step]
-            apply_rows(rule.linear_step(int(step), 5.0), values)
+            apply_rows(rule.linear_step(int(step), 5.0, 0), values)
             np.testing.assert_allclose(values[rule.average], arrays[f'running/{name}'][row], rtol=0, atol=5e-6)
             if isinstance(rule, BEMA) and settings['ema_power'] > 0:
                 np.testing.assert_allclose(values['ema'], arrays[f'ema/{name}'][row], rtol=0, atol=5e-6)
