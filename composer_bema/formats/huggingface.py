@@ -4,7 +4,7 @@
 """Hugging Face folders: configuration, tokenizer and safetensors, in place only when they are complete.
 
 Composer keeps a model's configuration and its tokenizer's files as an entry of its checkpoints, from which
-:func:`write_pretrained` works. transformers is imported when it is needed.
+:func:`pretrained_writer` works. transformers is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -15,34 +15,40 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Protocol, Union
 
 import torch
 
 from composer_bema.averaging.parameters import first_names
-from composer_bema.formats.tensors import LazyTensor
+from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE, SafetensorsFiles, write_json
+from composer_bema.formats.tensors import LazyTensor, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
+    'PREFIX',
+    'ModelWriter',
+    'WeightsWriter',
     'model_without_memory',
     'new_folder',
+    'pretrained_writer',
     'write_adapter',
-    'write_model',
-    'write_pretrained',
     'write_tokenizer',
+    'write_weights',
 ]
 
 log = logging.getLogger(__name__)
 
-MAX_SHARD_SIZE = '5GB'
-
 # What Composer's HuggingFaceModel puts in front of the names of the model in it.
-_PREFIX = 'model.'
+PREFIX = 'model.'
 # What FSDP2 puts in front of the name of a class whose parameters it shards.
 _SHARDED_CLASS = 'FSDP'
 _WEIGHTS = 'model.safetensors'
+_CONFIG = 'config.json'
+
+# Elements that are written at a time.
+_PIECE = 1024 * 1024
 
 
 @contextlib.contextmanager
@@ -73,23 +79,59 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
         unfinished.rename(folder)
 
 
-def write_pretrained(
+class WeightsWriter(Protocol):
+    """Writes weights that come piece by piece, under the names that they have in a checkpoint.
+
+    Of several processes one calls ``create`` before, and ``finish`` after all have written their share.
+    """
+
+    def create(self) -> None:
+        """Makes all that is there beside the weights, and room for these."""
+        ...
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Writes the values of a tensor from the element ``start`` on; what is not to be written is passed over."""
+        ...
+
+    def finish(self) -> None:
+        """Completes what has been written."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the files, complete or not."""
+        ...
+
+
+def write_weights(writer: WeightsWriter, weights: Mapping[str, LazyTensor]) -> None:
+    """Writes weights, of which there is no more in memory than a piece."""
+    try:
+        writer.create()
+        for name, tensor in weights.items():
+            start = 0
+            for values in tensor.pieces(_PIECE):
+                writer.write(name, start, values)
+                start += values.numel()
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def pretrained_writer(
     folder: Path,
     entry: Mapping[str, Any],
-    weights: Mapping[str, LazyTensor],
+    specs: Mapping[str, TensorSpec],
     *,
     source: str,
     max_shard_size: Union[int, str] = MAX_SHARD_SIZE,
-) -> None:
-    """Writes what Composer keeps of a Hugging Face model, with the weights given: an adapter's alone, if it has one.
+) -> WeightsWriter:
+    """Returns what writes a Hugging Face model of which a checkpoint has an entry: an adapter's weights alone, if any.
 
     Args:
         folder (Path): An empty folder.
         entry (Mapping[str, Any]): The entry ``integrations/huggingface`` of a checkpoint.
-        weights (Mapping[str, LazyTensor]): The weights by the names of the checkpoint's model.
+        specs (Mapping[str, TensorSpec]): The weights by the names of the checkpoint's model.
         source (str): The checkpoint, for messages.
-        max_shard_size (int | str): The size at which another file of weights begins, which is also about how much of
-            them is in memory. Default: ``'5GB'``.
+        max_shard_size (int | str): The size at which another file of weights begins. Default: ``'5GB'``.
 
     Raises:
         ValueError: If the entry is of another kind, or an adapter's base model is not one of transformers'.
@@ -100,65 +142,135 @@ def write_pretrained(
         peft_config = model_entry['peft_config']['content'] if 'peft_config' in model_entry else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"What '{source}' says of its Hugging Face model is incomplete: {error}.") from error
-    named = {n.removeprefix(_PREFIX): tensor for n, tensor in weights.items() if n.startswith(_PREFIX)}
-    if len(named) < len(weights):
-        log.warning('%d tensors are not of the Hugging Face model and were left out.', len(weights) - len(named))
+    named = {n.removeprefix(PREFIX): spec for n, spec in specs.items() if n.startswith(PREFIX)}
+    if len(named) < len(specs):
+        log.warning('%d tensors are not of the Hugging Face model and were left out.', len(specs) - len(named))
     if peft_config is None:
-        write_model(folder, config, named, _matching_model(config, class_name, named), max_shard_size)
+        model = _matching_model(config, class_name, named)
+        writer: WeightsWriter = ModelWriter(folder, config, named, model, max_shard_size)
     else:
         try:
-            model = _adapted_model(config, peft_config)
+            adapted = _adapted_model(config, peft_config)
         except ValueError as error:
             raise ValueError(f"The adapter in '{source}' cannot be told from its base model: {error}.") from error
-        # Left to decide on embeddings by itself, it would look for the base model on the hub.
-        write_adapter(folder, model, named, save_embedding_layers=False)
-    try:
-        write_tokenizer(folder, tokenizer_entry)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The tokenizer in '{source}' cannot be written: {error}.") from error
+        writer = _AdapterWriter(folder, adapted, named)
+    return _PretrainedWriter(writer, folder, tokenizer_entry, source)
 
 
-def write_model(
-    folder: Path,
-    config: Mapping[str, Any],
-    weights: Mapping[str, LazyTensor],
-    model: Optional[PreTrainedModel],
-    max_shard_size: Union[int, str] = MAX_SHARD_SIZE,
-) -> None:
+class ModelWriter:
     """Writes configuration, generation settings and weights as ``from_pretrained`` reads them.
 
     Args:
         folder (Path): An empty folder.
         config (Mapping[str, Any]): The configuration.
-        weights (Mapping[str, LazyTensor]): The weights by the model's names.
+        specs (Mapping[str, TensorSpec]): The weights by the model's names.
         model (PreTrainedModel, optional): A model of this configuration, which knows what is tied; its tensors are not
             looked at. Without it every name gets its tensor, and there are no generation settings.
-        max_shard_size (int | str): See :func:`write_pretrained`.
+        max_shard_size (int | str): See :func:`pretrained_writer`.
     """
-    names = {}
-    if model is not None:
-        names = first_names(model)
-        # The weights would all have to be in memory at once, so that it gets none.
-        model.save_pretrained(folder, state_dict={'none': torch.empty(0)})
-        (folder / _WEIGHTS).unlink()
-        config = {**json.loads((folder / 'config.json').read_text()), 'architectures': [_class_name(model)]}
-    kept: dict[str, LazyTensor] = {}
-    for n, tensor in weights.items():
-        kept.setdefault(names.get(n, n), tensor)
-    dtype = next((t.dtype for t in kept.values() if t.dtype.is_floating_point), torch.float32)
-    _write_json(folder / 'config.json', {**config, 'torch_dtype': str(dtype).removeprefix('torch.')})
-    _write_safetensors(folder, kept, max_shard_size)
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        specs: Mapping[str, TensorSpec],
+        model: Optional[PreTrainedModel],
+        max_shard_size: Union[int, str] = MAX_SHARD_SIZE,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._model = model
+        first = {} if model is None else first_names(model)
+        self._names: dict[str, str] = {}
+        kept: dict[str, TensorSpec] = {}
+        for n, spec in specs.items():
+            name = first.get(n, n)
+            if name not in kept:
+                kept[name], self._names[n] = spec, name
+        self._dtype = next((spec.dtype for spec in kept.values() if spec.dtype.is_floating_point), torch.float32)
+        self._files = SafetensorsFiles(folder, kept, max_shard_size=max_shard_size)
+
+    def create(self) -> None:
+        config = self._config
+        if self._model is not None:
+            # The weights would all have to be in memory at once, so that it gets none.
+            self._model.save_pretrained(self._folder, state_dict={'none': torch.empty(0)})
+            (self._folder / _WEIGHTS).unlink()
+            written = json.loads((self._folder / _CONFIG).read_text())
+            config = {**written, 'architectures': [_class_name(self._model)]}
+        write_json(self._folder / _CONFIG, {**config, 'torch_dtype': str(self._dtype).removeprefix('torch.')})
+        self._files.create()
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        if name in self._names:
+            self._files.write(self._names[name], start, values)
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._files.close()
 
 
-def write_adapter(folder: Path, model: Any, weights: Mapping[str, LazyTensor], **kwargs: Any) -> None:
+class _AdapterWriter:
+    """Collects the weights of an adapter, which are few, for PEFT to write."""
+
+    def __init__(self, folder: Path, model: Any, specs: Mapping[str, TensorSpec]) -> None:
+        self._folder = folder
+        self._model = model
+        trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
+        self._weights = {n: torch.empty(spec.shape, dtype=spec.dtype) for n, spec in specs.items() if n in trained}
+
+    def create(self) -> None:
+        pass
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        if name in self._weights:
+            self._weights[name].view(-1)[start : start + values.numel()] = values
+
+    def finish(self) -> None:
+        # Left to decide on embeddings by itself, PEFT would look for the base model on the hub.
+        write_adapter(self._folder, self._model, self._weights, save_embedding_layers=False)
+
+    def close(self) -> None:
+        pass
+
+
+class _PretrainedWriter:
+    """Writes the weights and the tokenizer of a checkpoint of Composer's HuggingFaceModel."""
+
+    def __init__(self, weights: WeightsWriter, folder: Path, tokenizer_entry: Mapping[str, Any], source: str) -> None:
+        self._weights = weights
+        self._folder = folder
+        self._tokenizer_entry = tokenizer_entry
+        self._source = source
+
+    def create(self) -> None:
+        self._weights.create()
+        try:
+            write_tokenizer(self._folder, self._tokenizer_entry)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"The tokenizer in '{self._source}' cannot be written: {error}.") from error
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        if name.startswith(PREFIX):
+            self._weights.write(name.removeprefix(PREFIX), start, values)
+
+    def finish(self) -> None:
+        self._weights.finish()
+
+    def close(self) -> None:
+        self._weights.close()
+
+
+def write_adapter(folder: Path, model: Any, weights: Mapping[str, torch.Tensor], **kwargs: Any) -> None:
     """Writes the adapter of a PEFT model: its configuration, and those of the weights that are its own."""
     from peft import PeftType
 
     for config in model.peft_config.values():
         # Composer leaves a plain string there, with which PEFT cannot write its model card.
         config.peft_type = PeftType(config.peft_type)
-    state = {n: tensor.read() for n, tensor in weights.items()}
-    model.save_pretrained(str(folder), state_dict=state, **kwargs)
+    model.save_pretrained(str(folder), state_dict=dict(weights), **kwargs)
 
 
 def write_tokenizer(folder: Path, entry: Mapping[str, Any]) -> None:
@@ -170,7 +282,7 @@ def write_tokenizer(folder: Path, entry: Mapping[str, Any]) -> None:
             raise ValueError(f"'{name}' is no plain name of a file")
         if extension == '.json':
             # A sharded checkpoint has nothing where an empty dict was.
-            _write_json(folder / name, {} if content is None else content)
+            write_json(folder / name, {} if content is None else content)
         elif isinstance(content, bytes):
             (folder / name).write_bytes(content)
         else:
@@ -189,7 +301,7 @@ def model_without_memory(model_class: type, config: PretrainedConfig) -> Optiona
 
 
 def _matching_model(
-    config: Mapping[str, Any], class_name: str, weights: Mapping[str, LazyTensor]
+    config: Mapping[str, Any], class_name: str, weights: Mapping[str, Any]
 ) -> Optional[PreTrainedModel]:
     """Returns a model of transformers that has exactly these weights, or None if there is none."""
     import transformers
@@ -256,31 +368,3 @@ def _parse_config(config: Mapping[str, Any]) -> Optional[PretrainedConfig]:
 
 def _class_name(model: PreTrainedModel) -> str:
     return type(model).__name__.removeprefix(_SHARDED_CLASS)
-
-
-def _write_safetensors(folder: Path, weights: Mapping[str, LazyTensor], max_shard_size: Union[int, str]) -> None:
-    """Writes tensors file by file, and an index if there are several files."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    sizes = {n: torch.empty(tensor.shape, dtype=tensor.dtype, device='meta') for n, tensor in weights.items()}
-    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
-    for name, tensors in split.filename_to_tensors.items():
-        save_file(_unshared({n: weights[n].read() for n in tensors}), folder / name, metadata={'format': 'pt'})
-    if split.is_sharded:
-        index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
-        _write_json(folder / f'{_WEIGHTS}.index.json', index)
-
-
-def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns tensors of which no two share memory, as safetensors wants them."""
-    unshared, seen = {}, set()
-    for n, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        unshared[n] = tensor.clone() if memory in seen else tensor.contiguous()
-        seen.add(memory)
-    return unshared
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')

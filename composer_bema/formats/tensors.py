@@ -7,27 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from composer_bema.averaging.digests import add_digests, digest
 
-__all__ = ['LazyTensor']
+__all__ = ['LazyTensor', 'TensorSpec']
+
+# Elements that are compared at a time.
+_COMPARED = 64 * 1024
+
+
+class TensorSpec(NamedTuple):
+    """What is known of a tensor before it is there."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its values."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor that is known by its shape and dtype, and read by calling ``read`` or ``pieces``.
 
-    Without a ``stream`` of its own its pieces are views of what ``read`` returns. That is as good where a file is mapped
-    into memory.
+    Without a ``stream`` of its own its pieces are views of what ``read`` returns, which is as good where a file is
+    mapped into memory.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
     stream: Optional[Callable[[int], Iterator[torch.Tensor]]] = None
+
+    @property
+    def spec(self) -> TensorSpec:
+        """What is known of it unread."""
+        return TensorSpec(self.shape, self.dtype)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> LazyTensor:
@@ -39,6 +59,13 @@ class LazyTensor:
         if self.stream is not None:
             return self.stream(size)
         return iter(self.read().reshape(-1).split(size))
+
+    def equals(self, other: LazyTensor) -> bool:
+        """Returns whether the other has the same shape, dtype and values; the first that differ end the reading."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        pieces = zip(self.pieces(_COMPARED), other.pieces(_COMPARED), strict=True)
+        return all(torch.equal(a, b) for a, b in pieces)
 
     def to(self, dtype: torch.dtype) -> LazyTensor:
         """Returns it in another dtype; what is no floating-point number stays as it is."""

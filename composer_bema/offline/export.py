@@ -11,7 +11,8 @@ from typing import Optional, Union
 import torch
 
 from composer_bema.formats.composer import AVERAGE, open_checkpoint
-from composer_bema.formats.huggingface import MAX_SHARD_SIZE, new_folder, write_pretrained
+from composer_bema.formats.huggingface import new_folder, pretrained_writer, write_weights
+from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE
 from composer_bema.formats.tensors import LazyTensor
 
 __all__ = ['PRECISIONS', 'export']
@@ -60,7 +61,9 @@ def export(
         if not entry:
             raise ValueError(f"The model in '{checkpoint}' is not a HuggingFaceModel of Composer, which export needs.")
         cast = {n: tensor.to(_dtype(precision, opened.model.get(n, tensor))) for n, tensor in chosen.items()}
-        write_pretrained(folder, entry, cast, source=str(checkpoint), max_shard_size=max_shard_size)
+        specs = {n: tensor.spec for n, tensor in cast.items()}
+        writer = pretrained_writer(folder, entry, specs, source=str(checkpoint), max_shard_size=max_shard_size)
+        write_weights(writer, cast)
     return Path(out)
 
 

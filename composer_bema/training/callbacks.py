@@ -17,7 +17,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from composer_bema.averaging.parameters import canonical_names
-from composer_bema.formats.huggingface import model_without_memory, new_folder, write_adapter, write_model
+from composer_bema.formats.huggingface import (
+    ModelWriter,
+    model_without_memory,
+    new_folder,
+    write_adapter,
+    write_weights,
+)
 from composer_bema.formats.tensors import LazyTensor
 
 __all__ = ['HuggingFaceCheckpointer']
@@ -77,7 +83,7 @@ class HuggingFaceCheckpointer(Callback):
 def _write(composer_model: HuggingFaceModel, weights: dict[str, LazyTensor], folder: Path) -> None:
     model: Any = composer_model.model
     if composer_model.using_peft:
-        write_adapter(folder, model, weights)
+        write_adapter(folder, model, {name: tensor.read() for name, tensor in weights.items()})
     else:
         model = model.module if isinstance(model, FullyShardedDataParallel) else model
         # The class without what FSDP2 makes of it.
@@ -85,6 +91,7 @@ def _write(composer_model: HuggingFaceModel, weights: dict[str, LazyTensor], fol
         bare = model_without_memory(model_class, copy.deepcopy(model.config))
         if bare is not None and model.can_generate():
             bare.generation_config = model.generation_config
-        write_model(folder, json.loads(model.config.to_json_string()), weights, bare)
+        specs = {name: tensor.spec for name, tensor in weights.items()}
+        write_weights(ModelWriter(folder, json.loads(model.config.to_json_string()), specs, bare), weights)
     if composer_model.tokenizer is not None:
         composer_model.tokenizer.save_pretrained(folder)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from composer_bema.formats.huggingface import (
     model_without_memory,
     new_folder,
+    pretrained_writer,
     write_adapter,
-    write_pretrained,
     write_tokenizer,
+    write_weights,
 )
 from composer_bema.formats.tensors import LazyTensor
 from tests.formats.runs import TINY, lora_config, make_model
@@ -48,6 +49,11 @@ def entry_of(model, tokenizer=None):
 def weights_of(model, dtype=None):
     weights = {f'model.{name}': LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}
     return weights if dtype is None else {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+def write_pretrained(folder, entry, weights, **kwargs):
+    specs = {name: tensor.spec for name, tensor in weights.items()}
+    write_weights(pretrained_writer(folder, entry, specs, **kwargs), weights)
 
 
 def assert_same_state(model, other):
@@ -159,8 +165,7 @@ def test_adapters_come_back(tmp_path, with_base):
     loaded = peft.PeftModel.from_pretrained(make_model().model, tmp_path)
     assert_same_state(composer_model.model, loaded)
     # From the model at hand the same is written.
-    live = {name: LazyTensor.of(tensor) for name, tensor in composer_model.model.state_dict().items()}
-    write_adapter(tmp_path / 'peft', composer_model.model, live)
+    write_adapter(tmp_path / 'peft', composer_model.model, composer_model.model.state_dict())
     written, expected = (load_file(folder / 'adapter_model.safetensors') for folder in (tmp_path, tmp_path / 'peft'))
     assert set(written) == set(expected)
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
