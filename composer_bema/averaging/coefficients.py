@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def fold(rule: Rule, start: int, steps: Sequence[int]) -> np.ndarray:
                [0.5625, 0.1875, 0.25  ]])
     """
     units = np.eye(1 + len(steps))
-    values = dict.fromkeys(rule.buffers, units[0])
+    values: dict[str, Any] = dict.fromkeys(rule.buffers, units[0])
     rows = np.empty((len(steps), 1 + len(steps)))
     for index, (step, previous) in enumerate(zip(steps, [start, *steps], strict=False)):
         values[THETA] = units[1 + index]
@@ -42,7 +43,7 @@ def fold(rule: Rule, start: int, steps: Sequence[int]) -> np.ndarray:
     return rows
 
 
-def _combined(row: Row, values: dict[str, np.ndarray]) -> np.ndarray:
+def _combined(row: Row, values: dict[str, Any]) -> np.ndarray:
     if isinstance(row, Lerp):
         return (1 - row.weight) * values[row.target] + row.weight * values[row.source]
     return values[row.base] + row.scale * (values[row.minuend] - values[row.subtrahend])

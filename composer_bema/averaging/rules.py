@@ -212,6 +212,8 @@ class OUEMA:
 
     def linear_step(self, step: int, elapsed: float, num_updates: int) -> LinearStep:
         alpha, beta = self.alpha(step, elapsed), self.beta(step, elapsed)
+        if alpha >= 1:
+            raise ValueError(f'OUEMA divides by 1 - alpha, and alpha is {alpha} at step {step}: raise bias_power.')
         # u_t is theta_t + alpha / (1 - alpha) (theta_t - theta_0), which needs no buffer.
         correction = beta * alpha / (1 - alpha)
         rows = (Lerp('ouema', THETA, beta), Difference('ouema', 'ouema', correction, THETA, THETA_0))

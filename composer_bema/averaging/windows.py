@@ -9,8 +9,9 @@ They are linear recurrences too: snapshots and means of periods are buffers, whi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from composer_bema.averaging.rules import THETA, Lerp, LinearStep
 
@@ -18,21 +19,28 @@ __all__ = ['DecayShape', 'SWAWindow', 'Window', 'merge_weights', 'require_count'
 
 DecayShape = Literal['linear', '1-sqrt', 'cosine']
 
+# What is left of the learning rate after the part u of a decay.
+_DECAYS: dict[DecayShape, Callable[[float], float]] = {
+    'linear': lambda u: 1 - u,
+    '1-sqrt': lambda u: 1 - math.sqrt(u),
+    'cosine': lambda u: (1 + math.cos(math.pi * u)) / 2,
+}
+
 
 def merge_weights(decay: DecayShape, count: int) -> list[float]:
     r"""Returns the weights of ``count`` snapshots, oldest first, whose mean stands for a decay of the learning rate.
 
     Between the snapshots :math:`\theta_0, \ldots, \theta_k` a decay would have multiplied the steps by
-    :math:`w_j = w(j / (k + 1))`, and :math:`\theta_0 + \sum_j w_j (\theta_j - \theta_{j-1})` is the mean with the weights
-    :math:`c_0 = 1 - w_1`, :math:`c_j = w_j - w_{j+1}` and :math:`c_k = w_k` (WSM, arXiv 2507.17634; Megatron-LM's weighted
-    merge). The linear decay makes all of them equal.
+    :math:`w_j = w(j / (k + 1))`, and :math:`\theta_0 + \sum_j w_j (\theta_j - \theta_{j-1})` is the mean with the
+    weights :math:`c_0 = 1 - w_1`, :math:`c_j = w_j - w_{j+1}` and :math:`c_k = w_k` (WSM, arXiv 2507.17634; and
+    Megatron-LM's weighted merge). The linear decay makes all of them equal.
 
     Args:
         decay (str): ``'linear'``: w(u) = 1 - u. ``'1-sqrt'``: w(u) = 1 - sqrt(u). ``'cosine'``:
             w(u) = (1 + cos(pi u)) / 2.
         count (int): k + 1, at least 1.
     """
-    multipliers = [_multiplier(decay, j / count) for j in range(count)] + [0.0]
+    multipliers = [_DECAYS[decay](j / count) for j in range(count)] + [0.0]
     return [multipliers[j] - multipliers[j + 1] for j in range(count)]
 
 
@@ -57,8 +65,8 @@ class Window:
 
     def __post_init__(self) -> None:
         require_count('window', self.size)
-        if self.decay not in get_args(DecayShape):
-            raise ValueError(f'decay must be one of {", ".join(get_args(DecayShape))}, but is {self.decay!r}.')
+        if self.decay not in _DECAYS:
+            raise ValueError(f'decay must be one of {", ".join(_DECAYS)}, but is {self.decay!r}.')
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -135,9 +143,3 @@ def require_count(name: str, value: object) -> None:
         raise TypeError(f'{name} must be a whole number, but is {value!r}.')
     if value < 1:
         raise ValueError(f'{name} must be at least 1, but is {value}.')
-
-
-def _multiplier(decay: DecayShape, u: float) -> float:
-    if decay == 'linear':
-        return 1 - u
-    return 1 - math.sqrt(u) if decay == '1-sqrt' else (1 + math.cos(math.pi * u)) / 2

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -59,7 +59,7 @@ class SafetensorsFiles:
         folder (Path): Where they are.
         specs (Mapping[str, TensorSpec]): The tensors by name.
         stem (str): The name of the file without its extension. Default: ``'model'``.
-        max_shard_size (int | str): The size at which another file begins, such as ``'5GB'``.
+        max_shard_size (int | str, optional): The size at which another file begins, such as ``'5GB'``; None writes one.
 
     Raises:
         ValueError: If a dtype is none that the format has, or the size cannot be read.
@@ -70,7 +70,7 @@ class SafetensorsFiles:
         folder: Path,
         specs: Mapping[str, TensorSpec],
         stem: str = 'model',
-        max_shard_size: Union[int, str] = MAX_SHARD_SIZE,
+        max_shard_size: Optional[Union[int, str]] = MAX_SHARD_SIZE,
     ) -> None:
         for name, spec in specs.items():
             if spec.dtype not in _DTYPES:
@@ -79,8 +79,11 @@ class SafetensorsFiles:
         self._specs = specs
         self._stem = stem
         sizes = {name: torch.empty(spec.shape, dtype=spec.dtype, device='meta') for name, spec in specs.items()}
-        pattern = f'{stem}{{suffix}}.safetensors'
-        self._split = split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=max_shard_size)
+        self._split = split_torch_state_dict_into_shards(
+            sizes,
+            filename_pattern=f'{stem}{{suffix}}.safetensors',
+            max_shard_size=sum(spec.nbytes for spec in specs.values()) if max_shard_size is None else max_shard_size,
+        )
         self._headers: dict[str, bytes] = {}
         self._places: dict[str, _Place] = {}
         for file, names in self._split.filename_to_tensors.items():
@@ -135,7 +138,7 @@ class SafetensorsFiles:
 
 def bytes_of(values: torch.Tensor) -> memoryview:
     """Returns the bytes of a contiguous tensor on the CPU, sharing its memory."""
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, content: object) -> None:

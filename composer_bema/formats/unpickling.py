@@ -9,6 +9,7 @@ to objects that swallow whatever they are given.
 
 from __future__ import annotations
 
+import datetime
 import io
 import pickle
 import zipfile
@@ -166,7 +167,9 @@ class _MetadataUnpickler(pickle._Unpickler):
 
 
 def _load_weights_only(source: Union[Path, bytes]) -> Any:
-    return torch.load(_file(source), map_location='cpu', weights_only=True, mmap=isinstance(source, Path))
+    # A checkpoint of Composer has the time that its run has taken.
+    with torch.serialization.safe_globals([datetime.timedelta]):
+        return torch.load(_file(source), map_location='cpu', weights_only=True, mmap=isinstance(source, Path))
 
 
 def _file(source: Union[Path, bytes]) -> Union[str, io.BytesIO]:

@@ -11,23 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_bema.averaging.decay import ConstantDecay, HalfLifeDecay, PowerDecay, require_number
+from composer_bema.averaging.decay import ConstantDecay, HalfLifeDecay, PowerDecay, reference_decay, require_number
 
 steps = st.integers(min_value=0, max_value=10**7)
 powers = st.floats(min_value=0, max_value=8)
-
-
-def offline_decay(power: float, lag: int, tau: int, gamma: float = 1.0, floor: float = 0.0) -> PowerDecay:
-    """The schedule of the reference offline code, as the docstring of the module expresses it."""
-    return PowerDecay(power, lag=1, multiplier=gamma, origin=tau - lag, min_age=1, floor=floor)
 
 
 def test_three_schedules_are_in_print_under_one_formula():
     """At kappa 0.5, rho 10, gamma 2, tau 0, t 10: ours is 0.183, the offline code's 0.156, the online code's 2.0."""
     assert PowerDecay(0.5, lag=10, multiplier=2)(10) == pytest.approx(1 / math.sqrt(10 + 2 * 10), abs=1e-15)
     assert PowerDecay(0.5, lag=10, multiplier=2)(10) == pytest.approx(0.183, abs=5e-4)
-    assert offline_decay(0.5, lag=10, tau=0, gamma=2)(10) == pytest.approx(1 / math.sqrt(1 + 2 * (10 + 10)), abs=1e-15)
-    assert offline_decay(0.5, lag=10, tau=0, gamma=2)(10) == pytest.approx(0.156, abs=5e-4)
+    offline = reference_decay(0.5, lag=10, update_after=0, multiplier=2)
+    assert offline(10) == pytest.approx(1 / math.sqrt(1 + 2 * (10 + 10)), abs=1e-15)
+    assert offline(10) == pytest.approx(0.156, abs=5e-4)
 
 
 @given(
@@ -82,6 +78,45 @@ def test_a_power_decay_never_rises(step, power):
 )
 def test_power_decay_by_hand(decay, step, value):
     assert decay(step) == pytest.approx(value, rel=1e-15, abs=1e-300)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'step', 'value'),
+    [
+        # (1 + 2 (10 - 0 + 10))^-0.5.
+        ({'power': 0.5, 'lag': 10, 'update_after': 0, 'multiplier': 2}, 10, 1 / math.sqrt(41)),
+        # By default gamma is 1: (1 + 14 - 4 + 5)^-0.5.
+        ({'power': 0.5, 'lag': 5, 'update_after': 4}, 14, 0.25),
+        # The age counts from tau, so that a run that is the same 1000 steps later has the same values.
+        ({'power': 0.5, 'lag': 5, 'update_after': 1004}, 1014, 0.25),
+        # The age is never below 1: at rho 0 the steps tau and tau + 1 are alike, (1 + 3)^-0.5, and so is all before.
+        ({'power': 0.5, 'lag': 0, 'update_after': 20, 'multiplier': 3}, 0, 0.5),
+        ({'power': 0.5, 'lag': 0, 'update_after': 20, 'multiplier': 3}, 20, 0.5),
+        ({'power': 0.5, 'lag': 0, 'update_after': 20, 'multiplier': 3}, 21, 0.5),
+        ({'power': 0.5, 'lag': 0, 'update_after': 20, 'multiplier': 3}, 25, 0.25),
+        # A rho of 5 ends that 5 steps earlier.
+        ({'power': 0.5, 'lag': 5, 'update_after': 20, 'multiplier': 3}, 16, 0.5),
+        ({'power': 0.5, 'lag': 5, 'update_after': 20, 'multiplier': 3}, 20, 0.25),
+        # The floor: (1 + 24)^-0.5 is 0.2.
+        ({'power': 0.5, 'lag': 0, 'update_after': 0, 'floor': 0.2}, 23, 24**-0.5),
+        ({'power': 0.5, 'lag': 0, 'update_after': 0, 'floor': 0.2}, 25, 0.2),
+        # gamma 0 never ages, and a power of 0 is the constant 1.
+        ({'power': 0.5, 'lag': 10, 'update_after': 0, 'multiplier': 0}, 100, 1.0),
+        ({'power': 0.0, 'lag': 10, 'update_after': 0}, 100, 1.0),
+    ],
+)
+def test_the_schedule_of_the_reference_by_hand(settings, step, value):
+    assert reference_decay(**settings)(step) == pytest.approx(value, rel=1e-15)
+
+
+def test_a_bad_setting_of_the_references_schedule_is_named():
+    for settings, message in [
+        ({'power': -0.5}, r'power must be at least 0 and finite, but is -0\.5\.'),
+        ({'power': 0.5, 'multiplier': -1}, 'multiplier must be at least 0 and finite, but is -1'),
+        ({'power': 0.5, 'floor': 1.5}, r'floor must be between 0 and 1, but is 1\.5\.'),
+    ]:
+        with pytest.raises(ValueError, match=f'^{message}'):
+            reference_decay(lag=10, update_after=0, **settings)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +178,7 @@ def test_the_offline_schedules_of_the_reference(golden, id):
     ema_tau = tau if settings['ema_update_after'] is None else settings['ema_update_after']
     compared = 0
     if 0 < settings['ema_power'] < 1:
-        beta = offline_decay(
+        beta = reference_decay(
             settings['ema_power'],
             settings['scaling_lag'],
             ema_tau,
@@ -154,7 +189,7 @@ def test_the_offline_schedules_of_the_reference(golden, id):
         np.testing.assert_allclose(expected, arrays['beta'][updated], rtol=0, atol=1e-12)
         compared += len(expected)
     if settings['eta_power'] >= 0:
-        alpha = offline_decay(settings['eta_power'], settings['scaling_lag'], tau)
+        alpha = reference_decay(settings['eta_power'], settings['scaling_lag'], tau)
         expected = [alpha(int(step)) for step in offline.arrays['steps'][updated]]
         np.testing.assert_allclose(expected, arrays['alpha'][updated], rtol=0, atol=1e-12)
         compared += len(expected)

@@ -4,7 +4,7 @@
 """The rows of a rule, folded in float64 by hand, are the published recurrences."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_bema.averaging.decay import ConstantDecay, HalfLifeDecay, PowerDecay
+from composer_bema.averaging.decay import ConstantDecay, HalfLifeDecay, PowerDecay, reference_decay
 from composer_bema.averaging.rules import (
     BEMA,
+    DEMA,
     EMA,
+    OUEMA,
     THETA,
-    THETA_0,
     Difference,
     Latest,
     Lerp,
     Rule,
     bema_rule,
+    dema_rule,
     ema_rule,
+    ouema_rule,
 )
 from tests.averaging.reference import apply_rows
 
@@ -73,6 +76,42 @@ def test_two_updates_of_bema_by_hand():
     after_two = fold(rule, 8.0, [1, 2], [16.0, 4.0])
     # ema = 3/4 10 + 1/4 4 = 8.5; bema = 8.5 + 1/2 (4 - 8) = 6.5: the correction is not accumulated.
     assert (after_two['theta_0'], after_two['ema'], after_two['bema']) == (8.0, 8.5, 6.5)
+
+
+def test_the_dema_step_reads_as_its_docstring():
+    rule = DEMA(beta=PowerDecay(0.5))
+    beta = 32**-0.5
+    assert rule.linear_step(22, 1.0, 0).rows == (
+        Lerp('ema', 'theta', beta),
+        Lerp('ema_of_ema', 'ema', beta),
+        Difference('dema', 'ema', 1.0, 'ema', 'ema_of_ema'),
+    )
+    assert rule.linear_step(22, 1.0, 0).coefficients == {'beta': beta}
+    assert (rule.buffers, rule.constants, rule.average) == (('ema', 'ema_of_ema', 'dema'), (), 'dema')
+
+
+def test_two_updates_of_dema_by_hand():
+    """With beta 1/4, theta goes 8 -> 16 -> 24."""
+    rule = DEMA(beta=ConstantDecay(0.25))
+    after_one = fold(rule, 8.0, [1], [16.0])
+    # ema = 3/4 8 + 1/4 16 = 10; ema_of_ema = 3/4 8 + 1/4 10 = 8.5, from the new ema; dema = 2 10 - 8.5 = 11.5.
+    assert (after_one['ema'], after_one['ema_of_ema'], after_one['dema']) == (10.0, 8.5, 11.5)
+    after_two = fold(rule, 8.0, [1, 2], [16.0, 24.0])
+    # ema = 3/4 10 + 1/4 24 = 13.5; ema_of_ema = 3/4 8.5 + 1/4 13.5 = 9.75; dema = 2 13.5 - 9.75 = 17.25.
+    assert (after_two['ema'], after_two['ema_of_ema'], after_two['dema']) == (13.5, 9.75, 17.25)
+
+
+def test_two_updates_of_ouema_by_hand():
+    """With alpha 1/5 and beta 1/4, theta goes 8 -> 16 -> 4."""
+    rule = OUEMA(alpha=ConstantDecay(0.2), beta=ConstantDecay(0.25))
+    after_one = fold(rule, 8.0, [1], [16.0])
+    # u = (16 - 1/5 8) / (4/5) = 18; ouema = 3/4 8 + 1/4 18 = 10.5.
+    assert (after_one['theta_0'], after_one['ouema']) == (8.0, pytest.approx(10.5, rel=1e-15))
+    after_two = fold(rule, 8.0, [1, 2], [16.0, 4.0])
+    # u = (4 - 1/5 8) / (4/5) = 3; ouema = 3/4 10.5 + 1/4 3 = 8.625.
+    assert (after_two['theta_0'], after_two['ouema']) == (8.0, pytest.approx(8.625, rel=1e-15))
+    assert rule.linear_step(2, 1.0, 1).coefficients == {'alpha': 0.2, 'beta': 0.25}
+    assert (rule.buffers, rule.constants, rule.average) == (('theta_0', 'ouema'), ('theta_0',), 'ouema')
 
 
 @given(settings=settings, steps=step_lists)
@@ -143,6 +182,52 @@ def test_a_constant_rate_replaces_the_power_of_the_ema_only():
     assert rule.linear_step(100, 8.0, 0).coefficients['beta'] == pytest.approx(0.5, rel=1e-15)
 
 
+def test_dema_takes_its_rate_as_the_ema_does():
+    for rate in ({}, {'ema_power': 0.7, 'lag': 3, 'multiplier': 2, 'min_ema_multiplier': 0.1}):
+        assert dema_rule(**rate) == DEMA(ema_rule(**rate).beta)
+    assert dema_rule() == DEMA(PowerDecay(0.5, 10, 1, floor=0.0))
+    # These replace the power, which may be switched off then.
+    for ema_power in (0.5, None):
+        assert dema_rule(ema_power, half_life=8) == DEMA(HalfLifeDecay(8))
+        assert dema_rule(ema_power, smoothing=0.99) == DEMA(ConstantDecay(1 - 0.99))
+
+
+def test_dema_without_an_ema_is_an_error():
+    with pytest.raises(ValueError, match=r'^DEMA is an average of EMAs: give ema_power, half_life or smoothing\.$'):
+        dema_rule(ema_power=None)
+
+
+def test_the_alpha_of_ouema_counts_from_the_burn_in():
+    """It is (1 + max(t - tau + rho, 1))^-eta, as the reference's; beta is (rho + gamma t)^-kappa, as everywhere."""
+    rule = ouema_rule(bias_power=0.5, lag=10, multiplier=2, update_after=100)
+    assert rule.linear_step(105, 1.0, 0).coefficients == {'alpha': 16**-0.5, 'beta': 220**-0.5}
+    assert rule.linear_step(114, 1.0, 0).coefficients['alpha'] == 0.2
+    # Never younger than 1, even long before tau: alpha stays below 1, for u divides by the rest.
+    assert rule.linear_step(0, 1.0, 0).coefficients['alpha'] == 2**-0.5
+    assert ouema_rule(bias_power=0.5).linear_step(5, 1.0, 0).coefficients['alpha'] == 0.25
+
+
+def test_the_defaults_of_ouema_are_bemas():
+    assert ouema_rule() == OUEMA(alpha=reference_decay(0.2, 10, 0), beta=bema_rule().beta)
+    assert ouema_rule(half_life=8, min_ema_multiplier=0.1).beta == HalfLifeDecay(8)
+    assert ouema_rule(min_ema_multiplier=0.1).beta == PowerDecay(0.5, floor=0.1)
+    assert ouema_rule(ema_power=None).beta == ConstantDecay(1.0)
+
+
+def test_without_a_correction_ouema_is_the_ema():
+    assert ouema_rule(bias_power=None, lag=3, min_ema_multiplier=0.1) == ema_rule(lag=3, min_ema_multiplier=0.1)
+    assert ouema_rule(bias_power=None, half_life=8, update_after=100) == EMA(HalfLifeDecay(8))
+
+
+@pytest.mark.parametrize('zero', [0, 0.0])
+def test_ouema_has_no_full_correction(zero):
+    """An eta of 0 is BEMA's full correction for ever, and here a division by zero."""
+    with pytest.raises(
+        ValueError, match=r'^bias_power must be positive, but is 0, which would divide by zero in OUEMA'
+    ):
+        ouema_rule(bias_power=zero)
+
+
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
@@ -160,22 +245,28 @@ def test_a_constant_rate_replaces_the_power_of_the_ema_only():
         # Even where the EMA does not read it: the correction does, or nothing does and it is a slip.
         ({'half_life': 10, 'lag': -1}, 'lag must be'),
         ({'smoothing': 0.9, 'multiplier': -1}, 'multiplier must be'),
-        ({'ema_power': None, 'min_ema_multiplier': 2}, 'min_ema_multiplier must be'),
+        ({'half_life': 10, 'min_ema_multiplier': 2}, 'min_ema_multiplier must be'),
     ],
 )
 def test_bad_settings_are_errors_that_name_the_users_setting(settings, message):
-    with pytest.raises(ValueError, match=f'^{message}'):
-        ema_rule(**settings)
-    if 'smoothing' not in settings:
-        with pytest.raises(ValueError, match=f'^{message}'):
-            bema_rule(**settings)
+    for rule in (ema_rule, dema_rule, bema_rule, ouema_rule):
+        if rule in (ema_rule, dema_rule) or 'smoothing' not in settings:
+            with pytest.raises(ValueError, match=f'^{message}'):
+                rule(**settings)
 
 
-def test_bad_settings_of_bema_are_errors():
+@pytest.mark.parametrize('rule', [ema_rule, bema_rule, ouema_rule])
+def test_a_bad_floor_is_an_error_even_without_an_ema(rule):
+    with pytest.raises(ValueError, match=r'^min_ema_multiplier must be between 0 and 1, but is 2\.'):
+        rule(ema_power=None, min_ema_multiplier=2)
+
+
+@pytest.mark.parametrize('rule', [bema_rule, ouema_rule])
+def test_bad_corrections_are_errors(rule):
     with pytest.raises(ValueError, match=r'^bias_power must be at least 0 and finite, but is -0\.2\.'):
-        bema_rule(bias_power=-0.2)
+        rule(bias_power=-0.2)
     with pytest.raises(TypeError, match=r"^bias_power must be a number, but is '0\.2'\."):
-        bema_rule(bias_power='0.2')
+        rule(bias_power='0.2')
 
 
 @pytest.mark.parametrize(
@@ -183,16 +274,16 @@ def test_bad_settings_of_bema_are_errors():
 )
 def test_settings_that_are_no_numbers_are_errors_that_name_them(name):
     """`half_life: 10ba` and `bias_power: off` are what a recipe might say."""
-    rule = ema_rule if name == 'smoothing' else bema_rule
-    for value in ('10ba', False):
-        with pytest.raises(TypeError, match=f'^{name} must be a number, but is {value!r}'):
-            rule(**{name: value})
+    takes_it = {'smoothing': (ema_rule, dema_rule), 'bias_power': (bema_rule, ouema_rule)}
+    for rule in takes_it.get(name, (ema_rule, dema_rule, bema_rule, ouema_rule)):
+        for value in ('10ba', False):
+            with pytest.raises(TypeError, match=f'^{name} must be a number, but is {value!r}'):
+                rule(**{name: value})
 
 
-def test_batch_statistics_are_never_corrected():
-    """A correction can push a variance below zero: module buffers follow the EMA that BEMA corrects."""
-    rule = bema_rule()
-    assert isinstance(rule, BEMA)
+@pytest.mark.parametrize('rule', [bema_rule(), dema_rule(), ouema_rule()])
+def test_batch_statistics_are_never_corrected(rule):
+    """A negative coefficient can push a variance below zero: module buffers follow the EMA that is underneath."""
     assert rule.statistics == EMA(rule.beta)
     assert rule.statistics.statistics == rule.statistics
 
@@ -201,50 +292,3 @@ def test_latest_forgets_everything():
     weights = coefficients(Latest(), [3, 4])
     np.testing.assert_array_equal(weights['latest'], [0, 0, 1])
     assert Latest().statistics == Latest()
-
-
-def offline_rule(settings: Mapping[str, Any]) -> Rule:
-    """Our rule under the schedules of the reference offline code."""
-    tau, lag = settings['update_after'], settings['scaling_lag']
-    ema_tau = tau if settings['ema_update_after'] is None else settings['ema_update_after']
-    if 0 < settings['ema_power'] < 1:
-        beta = PowerDecay(
-            settings['ema_power'],
-            lag=1,
-            multiplier=settings['ema_gamma'],
-            origin=ema_tau - lag,
-            min_age=1,
-            floor=settings['min_ema_multiplier'],
-        )
-    else:
-        beta = ConstantDecay(1.0)
-    if settings['eta_power'] < 0:
-        return EMA(beta)
-    return BEMA(alpha=PowerDecay(settings['eta_power'], lag=1, origin=tau - lag, min_age=1), beta=beta)
-
-
-# bema02 is left out: the reference overwrites its own theta_0 there (bema03 shows what was meant).
-@pytest.mark.parametrize('id', [f'bema{i:02}' for i in range(12) if i != 2])
-def test_folding_a_rule_gives_the_offline_averages_of_the_reference(golden, id):
-    """Our rows in float64, along the checkpoints, are what the authors' offline code computes in float32."""
-    offline, trajectory = golden('abblock_offline'), golden('trajectory').arrays
-    settings, arrays = offline.configs[id]['kwargs'], offline.of(id)
-    rule = offline_rule(settings)
-    steps, updated = offline.arrays['steps'], arrays['updated']
-    first = int(np.argmax(updated))
-    for name in ('a', 'b', 'c', 'f', 'r'):
-        weights = trajectory[name].astype(np.float64)
-        # The reference takes theta_0 at its first update, but starts the averages one checkpoint earlier.
-        start = weights[steps[first - 1]] if first else weights[0]
-        values = dict.fromkeys(rule.buffers, start)
-        if settings['update_after'] > 0:
-            values[THETA_0] = weights[steps[first]]
-        for row, step in enumerate(steps):
-            if not updated[row]:
-                continue
-            values[THETA] = weights[step]
-            apply_rows(rule.linear_step(int(step), 5.0, 0), values)
-            np.testing.assert_allclose(values[rule.average], arrays[f'running/{name}'][row], rtol=0, atol=5e-6)
-            if isinstance(rule, BEMA) and settings['ema_power'] > 0:
-                np.testing.assert_allclose(values['ema'], arrays[f'ema/{name}'][row], rtol=0, atol=5e-6)
-    assert updated.sum() >= 9

@@ -1,0 +1,210 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The checkpoints of one run, in any format that we read: found, put in order, and opened with the same tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Union
+
+from composer_bema.formats.composer import TRAINING, Checkpoint, open_checkpoint
+from composer_bema.formats.dcp import METADATA
+from composer_bema.formats.huggingface import PREFIX
+from composer_bema.formats.manifest import MANIFEST, WEIGHTS, read_manifest
+from composer_bema.formats.pretrained import (
+    Pretrained,
+    find_pretrained,
+    is_pretrained,
+    open_pretrained,
+    read_safetensors,
+)
+from composer_bema.formats.tensors import LazyTensor
+
+__all__ = ['Found', 'Source', 'find_checkpoints', 'open_initial_model', 'open_sources']
+
+# The names that transformers, GPT-NeoX, llm-foundry and Composer give the checkpoints of a run.
+_FOLDER = re.compile(r'(?:checkpoint-|step[-_]?|(?:ep\d+-)?ba)(?P<step>\d+)')
+_FILE = re.compile(
+    r'ep\d+-ba(?P<batch>\d+)-rank0\.pt(?:\.[a-z0-9]+)*|(?!.*-\d+-of-\d+\.).*[-_](?P<step>\d+)\.safetensors'
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that has not been opened yet, and the optimizer steps that its name says."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Args:
+        step (int): The optimizer steps done.
+        path (Path): The file or folder.
+        tensors (Mapping[str, LazyTensor]): Its weights.
+        model (Pretrained | Checkpoint, optional): What else it says of its model; None for bare safetensors.
+    """
+
+    step: int
+    path: Path
+    tensors: Mapping[str, LazyTensor]
+    model: Optional[Union[Pretrained, Checkpoint]] = None
+
+    @property
+    def size(self) -> int:
+        """The bytes of its files."""
+        if self.path.is_file():
+            return self.path.stat().st_size
+        return sum(file.stat().st_size for file in self.path.rglob('*') if file.is_file())
+
+
+def find_checkpoints(folder: Union[str, Path]) -> list[Found]:
+    """Returns the checkpoints in a directory, by their steps.
+
+    These are Hugging Face folders ``checkpoint-N``, ``stepN`` or ``baN``, Composer's files ``epE-baN-rank0.pt`` and
+    folders ``epE-baN`` of sharded checkpoints, and files ``NAME-N.safetensors``.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        ValueError: If there are no checkpoints in it, or two of the same step.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No such directory of checkpoints: '{folder}'.")
+    found: dict[int, Path] = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        match = (_FOLDER if entry.is_dir() else _FILE).fullmatch(entry.name)
+        path = Path(entry.path)
+        if match is None or _leads_back(path, folder):
+            continue
+        step = int(next(filter(None, match.groups())))
+        if step in found:
+            raise ValueError(
+                f"'{found[step]}' and '{path}' are both of step {step}: move one of them out of '{folder}'."
+            )
+        found[step] = path
+    if not found:
+        what = 'is one checkpoint, not a directory of them' if _is_checkpoint(folder) else 'holds no checkpoints'
+        raise ValueError(
+            f"'{folder}' {what}; their names look like checkpoint-100, step100, ep0-ba100-rank0.pt, ep0-ba100 or "
+            'model-100.safetensors.'
+        )
+    return [Found(step, path) for step, path in sorted(found.items())]
+
+
+def open_sources(found: Iterable[Found], weights: str = TRAINING) -> list[Source]:
+    """Opens checkpoints, of which tensors are read when they are asked for.
+
+    Args:
+        found (Iterable[Found]): The checkpoints; all have to be of the same model.
+        weights (str): Of Composer checkpoints the ``'training'`` weights, wherever these are, or what the ``'model'``
+            holds. Default: ``'training'``.
+
+    Raises:
+        ValueError: If one is damaged, holds an average, or has other tensors than the last one.
+    """
+    sources = [_open(checkpoint, weights) for checkpoint in found]
+    for source in sources[:-1]:
+        _require_same_tensors(source, sources[-1])
+    return sources
+
+
+def open_initial_model(name: str, like: Source) -> Source:
+    """Opens the weights before the first step.
+
+    Args:
+        name (str): A folder or a file of one of the formats, or the name of a model on the Hugging Face hub.
+        like (Source): A checkpoint of the run, whose names of tensors are used.
+
+    Raises:
+        FileNotFoundError: If there is no such file, folder or model.
+        ValueError: If it is of another model.
+    """
+    path = Path(name)
+    local = path if path.is_file() or path.is_dir() else find_pretrained(name)
+    source = _open(Found(0, local), TRAINING)
+    tensors = _renamed(source.tensors, like.tensors)
+    renamed = Source(0, local, tensors, source.model)
+    _require_same_tensors(renamed, like)
+    return renamed
+
+
+def _open(found: Found, weights: str) -> Source:
+    path = found.path
+    if path.is_dir() and is_pretrained(path):
+        _refuse_average(path)
+        pretrained = open_pretrained(path)
+        return Source(found.step, path, pretrained.weights, pretrained)
+    if path.suffix == '.safetensors':
+        return Source(found.step, path, read_safetensors(path))
+    if path.is_dir() and not (path / METADATA).is_file() and not any(path.glob('*.distcp')):
+        raise ValueError(f"'{path}' holds no weights: it is neither a Hugging Face folder nor a sharded checkpoint.")
+    checkpoint = open_checkpoint(path)
+    if weights != TRAINING and checkpoint.model_holds != TRAINING:
+        raise ValueError(
+            f"The model in '{path}' holds the {checkpoint.model_holds} weights, and an average of averages is hardly "
+            "what you want: leave the choice of weights at 'training'."
+        )
+    return Source(found.step, path, checkpoint.weights(weights), checkpoint)
+
+
+def _refuse_average(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest[WEIGHTS] != TRAINING:
+        raise ValueError(
+            f"'{folder}' holds the {manifest[WEIGHTS]} weights, as its {MANIFEST} says, and an average of averages is "
+            'hardly what you want: move it out of the directory.'
+        )
+
+
+def _renamed(tensors: Mapping[str, LazyTensor], like: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Returns tensors under the names that others of the same model have."""
+    tensors = {PREFIX + n if n not in like and PREFIX + n in like else n: tensor for n, tensor in tensors.items()}
+    renamed = {name: tensor for name, tensor in tensors.items() if name in like or not _is_repeated(name, tensors)}
+    for name, tensor in like.items():
+        if name not in renamed:
+            # Hugging Face folders have a tied parameter once, Composer's checkpoints under all of its names.
+            first = next((n for n in renamed if n in like and like[n].equals(tensor)), None)
+            if first is not None:
+                renamed[name] = renamed[first]
+    return renamed
+
+
+def _is_repeated(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
+    return any(tensor.equals(tensors[name]) for n, tensor in tensors.items() if n != name)
+
+
+def _require_same_tensors(source: Source, last: Source) -> None:
+    for name, tensor in last.tensors.items():
+        other = source.tensors.get(name)
+        if other is None:
+            raise ValueError(f"'{source.path}' lacks the tensor '{name}', which '{last.path}' has.")
+        if other.shape != tensor.shape:
+            raise ValueError(
+                f"The tensor '{name}' has the shape {tuple(other.shape)} in '{source.path}', but {tuple(tensor.shape)} "
+                f"in '{last.path}'."
+            )
+        if other.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"The tensor '{name}' is {other.dtype} in '{source.path}', but {tensor.dtype} in '{last.path}'."
+            )
+    extra = next((name for name in source.tensors if name not in last.tensors), None)
+    if extra is not None:
+        raise ValueError(f"'{source.path}' has a tensor '{extra}', which '{last.path}' lacks.")
+
+
+def _leads_back(path: Path, folder: Path) -> bool:
+    """Returns whether it is a link to another entry of the directory, such as Composer's to the latest checkpoint."""
+    return path.is_symlink() and path.resolve().parent == folder.resolve()
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return is_pretrained(folder) or (folder / METADATA).is_file()

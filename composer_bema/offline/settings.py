@@ -1,0 +1,175 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""An average as the command line and YAMLs name it: a rule, its settings, and the steps at which it is updated."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, get_args
+
+from composer_bema.averaging.decay import ConstantDecay, PowerDecay, reference_decay
+from composer_bema.averaging.rules import BEMA, DEMA, EMA, OUEMA, Rule, bema_rule, dema_rule, ema_rule, ouema_rule
+from composer_bema.averaging.windows import DecayShape, SWAWindow, Window, require_count
+
+__all__ = ['RULES', 'Schedule', 'Setting', 'settings_of']
+
+# The schedules of alpha and beta: the paper's and TRL's, or those of the reference offline code (averaging/decay.py).
+Schedule = Literal['paper', 'reference']
+_SCHEDULED = (BEMA, DEMA, EMA, OUEMA)
+
+
+def lawa(window: int) -> Window:
+    """Returns the mean of the last ``window`` checkpoints."""
+    return Window(window)
+
+
+def swa_window(horizon: int, update_freq: Optional[int], period: Optional[int] = None) -> SWAWindow:
+    """Returns the mean of the checkpoints of the last ``horizon`` steps that make up whole periods.
+
+    Args:
+        horizon (int): In steps; a multiple of ``period``.
+        update_freq (int, optional): The steps between two updates; None if they differ, which is an error.
+        period (int, optional): In steps; a multiple of ``update_freq``. Default: ``horizon``.
+    """
+    require_count('horizon', horizon)
+    period = horizon if period is None else period
+    require_count('period', period)
+    if update_freq is None:
+        raise ValueError('swa_window needs checkpoints that are evenly spaced: give an update_freq that picks such.')
+    if period % update_freq:
+        name = 'horizon' if period == horizon else 'period'
+        raise ValueError(f'{name} is {period}, which is no multiple of the {update_freq} steps between two updates.')
+    if horizon % period:
+        raise ValueError(f'horizon is {horizon}, which is no multiple of period, {period}.')
+    return SWAWindow(period // update_freq, horizon // period)
+
+
+def decay_merge(window: int, decay: DecayShape = 'linear') -> Window:
+    """Returns the mean of the last ``window`` checkpoints that stands for a decay of the learning rate."""
+    return Window(window, decay)
+
+
+# The arguments of these are the settings that a rule takes, but for the steps, which are not set by its own.
+RULES: dict[str, Callable[..., Rule]] = {
+    'bema': bema_rule,
+    'ema': ema_rule,
+    'ouema': ouema_rule,
+    'dema': dema_rule,
+    'lawa': lawa,
+    'swa_window': swa_window,
+    'decay_merge': decay_merge,
+}
+_STEPS = ('update_after', 'update_freq')
+# Names of the averages, where they are not those of the rules in capitals.
+_TITLES = {'swa_window': 'SWAWindow', 'decay_merge': 'DecayMerge'}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One average that is to be made of checkpoints.
+
+    Args:
+        rule (str): A key of `RULES`.
+        options (Mapping[str, Any]): The rule's settings; others are at their defaults.
+        update_freq (int, optional): phi, in steps; None takes every checkpoint after the first.
+        update_after (int): tau, the step of the checkpoint that it starts from. Default: ``0``.
+
+    Raises:
+        TypeError: If a number of steps is no whole number.
+        ValueError: If there is no such rule, or it has no such setting, or needs another.
+    """
+
+    rule: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    update_freq: Optional[int] = None
+    update_after: int = 0
+
+    def __post_init__(self) -> None:
+        known = settings_of(self.rule)
+        for name in self.options:
+            if name not in known:
+                raise ValueError(f"The rule '{self.rule}' has no setting '{name}', but {', '.join(known)}.")
+        for name, parameter in known.items():
+            if parameter.default is parameter.empty and name not in self.options:
+                raise ValueError(f"The rule '{self.rule}' needs the setting '{name}'.")
+        if self.update_freq is not None:
+            require_count('update_freq', self.update_freq)
+        if self.update_after != 0:
+            require_count('update_after', self.update_after)
+
+    @property
+    def title(self) -> str:
+        """What the average is called, as a class of it would be."""
+        return _TITLES.get(self.rule, self.rule.upper())
+
+    def __str__(self) -> str:
+        steps = {'update_freq': self.update_freq, 'update_after': self.update_after or None}
+        given = {**self.options, **{name: value for name, value in steps.items() if value is not None}}
+        return ' '.join([self.rule, *(f'{name}={value}' for name, value in given.items())])
+
+    def build(self, update_freq: Optional[int]) -> Rule:
+        """Returns the rule.
+
+        Args:
+            update_freq (int, optional): The steps between two updates; None if they differ.
+
+        Raises:
+            TypeError: If a setting is of another type.
+            ValueError: If one is out of its range.
+        """
+        factory = RULES[self.rule]
+        steps = {'update_after': self.update_after, 'update_freq': update_freq}
+        wanted = {name: value for name, value in steps.items() if name in inspect.signature(factory).parameters}
+        options = dict(self.options)
+        schedule = options.pop('schedule', 'paper')
+        ema_update_after = options.pop('ema_update_after', None)
+        rule = factory(**wanted, **options)
+        if schedule not in get_args(Schedule):
+            raise ValueError(f'schedule must be one of {", ".join(get_args(Schedule))}, but is {schedule!r}.')
+        if schedule == 'reference':
+            return _with_reference_schedule(rule, self.update_after, ema_update_after)
+        if ema_update_after is not None:
+            raise ValueError("ema_update_after belongs to schedule='reference'.")
+        return rule
+
+
+def settings_of(rule: str) -> dict[str, inspect.Parameter]:
+    """Returns the settings that a rule takes, by name.
+
+    Raises:
+        ValueError: If there is no such rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"There is no rule '{rule}', but {', '.join(RULES)}.")
+    parameters = {n: p for n, p in inspect.signature(RULES[rule]).parameters.items() if n not in _STEPS}
+    if 'ema_power' in parameters:
+        parameters |= inspect.signature(_schedule_settings).parameters
+    return parameters
+
+
+def _schedule_settings(schedule: Schedule = 'paper', ema_update_after: Optional[int] = None) -> None:
+    """Has the settings of all rules whose schedules are powers.
+
+    Args:
+        schedule (str): ``'reference'`` takes the schedules of the reference offline code.
+        ema_update_after (int, optional): With these, the step from which beta counts. Default: tau.
+    """
+
+
+def _with_reference_schedule(rule: Rule, update_after: int, ema_update_after: Optional[int]) -> Rule:
+    assert isinstance(rule, _SCHEDULED)
+    since = update_after if ema_update_after is None else ema_update_after
+    changes = {}
+    if isinstance(rule.beta, PowerDecay):
+        beta = rule.beta
+        changes['beta'] = reference_decay(beta.power, beta.lag, since, beta.multiplier, beta.floor)
+    elif rule.beta != ConstantDecay(1.0):
+        raise ValueError("schedule='reference' is one of ema_power: leave out half_life and smoothing.")
+    if isinstance(rule, BEMA):
+        assert isinstance(rule.alpha, PowerDecay)
+        changes['alpha'] = reference_decay(rule.alpha.power, rule.alpha.lag, update_after)
+    return dataclasses.replace(rule, **changes)
