@@ -34,6 +34,8 @@ INSTALL_REQUIRES = [
     'click>=8.1,<9',
     'matplotlib>=3.8,<4',
     'tabulate>=0.9,<1',
+    'tqdm>=4.62,<5',
+    'xxhash>=3.0,<4',
 ]
 
 PEFT = ['peft>=0.10,<0.17']

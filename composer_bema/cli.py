@@ -3,15 +3,23 @@
 
 """The ``composer-bema`` command; its commands import what they need when they run, so that help comes at once."""
 
+from __future__ import annotations
+
 import logging
 import os
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from composer_bema.version import __version__
 
+if TYPE_CHECKING:
+    from composer_bema.offline.settings import Setting
+
 __all__ = ['main']
+
+RULE_HELP = 'bema, ema, ouema, dema, lawa, swa_window or decay_merge'
 
 
 class WrongInput(click.ClickException):
@@ -114,10 +122,174 @@ def export(checkpoint: str, out: str, weights: str, average: str | None, precisi
     click.echo(f"Wrote the {weights} weights of '{checkpoint}' to '{out}'.")
 
 
-def _show_log(level: str | None) -> None:
-    """Show our log from ``level`` on; unless told, what preparing a run has to say, and of the rest warnings only."""
+class NumberOrNone(click.ParamType):
+    """A number, or ``none``, which switches something off."""
+
+    name = 'number|none'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Keep ``none`` as a text: for click a missing value is None."""
+        if str(value).lower() == 'none':
+            return 'none'
+        return click.FLOAT.convert(value, param, ctx)
+
+
+def average_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the settings of averages, and the choice of checkpoints."""
+    number, steps = NumberOrNone(), click.IntRange(min=0)
+    options = [
+        click.option('--update-freq', type=steps, help='Steps between updates.  [default: every checkpoint]'),
+        click.option('--update-after', type=steps, default=0, show_default=True, help='The step to start from.'),
+        click.option('--at', type=steps, multiple=True, help='A step to average at; repeatable.  [default: the last]'),
+        click.option('--ema-power', type=number, help="kappa; 'none' keeps no history.  [default: 0.5]"),
+        click.option('--bias-power', type=number, help="eta; 'none' corrects nothing.  [default: 0.2]"),
+        click.option('--lag', type=float, help='rho, the virtual starting age in steps.  [default: 10]'),
+        click.option('--multiplier', type=float, help='gamma, the pace of the schedules.  [default: 1]'),
+        click.option('--min-ema-multiplier', type=float, help='The floor of beta.  [default: 0]'),
+        click.option('--half-life', type=float, help='In steps; a constant rate in place of --ema-power.'),
+        click.option('--smoothing', type=float, help='What an EMA keeps at an update, in place of --ema-power.'),
+        click.option('--schedule', help="'paper', or 'reference': that of the paper's offline code.  [default: paper]"),
+        click.option('--ema-update-after', type=steps, help='With the latter, the step from which beta counts.'),
+        click.option('--window', type=int, help='Of lawa and decay_merge: the number of checkpoints.'),
+        click.option('--decay', help="Of decay_merge: 'linear', '1-sqrt' or 'cosine'.  [default: linear]"),
+        click.option('--horizon', type=int, help='Of swa_window: the steps that are averaged.'),
+        click.option('--period', type=int, help='Of swa_window: the steps of a period.  [default: the horizon]'),
+        click.option('--initial-model', help='The weights before the first step: a folder, file or hub name.'),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument('checkpoints', type=click.Path())
+@click.option('--rule', required=True, help=RULE_HELP)
+@average_options
+@click.option('--weights', default='training', show_default=True, help="Of Composer checkpoints: or 'model', as it is.")
+@click.option('--copy', multiple=True, help="Names (patterns) of tensors to take from the average's step; repeatable.")
+@click.option('--format', help="'huggingface' or 'composer'.  [default: the former where possible]")
+@click.option('--dtype', help="float32, bfloat16, float16 or float64.  [default: the checkpoints']")
+@click.option('--max-shard-size', default='5GB', show_default=True, help='The size of a file of weights.')
+@click.option('--out', type=click.Path(), help='The folder to make.')
+@click.option('--dry-run', is_flag=True, help='Print what each checkpoint would weigh, and read nothing.')
+def stabilize(
+    checkpoints: str,
+    rule: str,
+    out: str | None,
+    dry_run: bool,
+    at: tuple[int, ...],
+    initial_model: str | None,
+    weights: str,
+    copy: tuple[str, ...],
+    format: str | None,
+    dtype: str | None,
+    max_shard_size: str,
+    **options: Any,
+) -> None:
+    """Average a directory of CHECKPOINTS, in one reading, as the same rule would have averaged during training.
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m composer_bema stabilize ...
+    """
+    from composer_bema.offline.ranks import is_first_rank, joined
+    from composer_bema.offline.stabilize import stabilize as write_average
+
+    setting = _setting(rule, options)
+    if dry_run:
+        click.echo(_weights_table(checkpoints, [setting], at, initial_model))
+        return
+    if out is None:
+        raise click.UsageError("Missing option '--out'.")
+    with joined():
+        _show_log(None, is_first_rank())
+        folders = write_average(
+            checkpoints,
+            out,
+            setting,
+            at=at,
+            initial_model=initial_model,
+            weights=weights,
+            copy=copy,
+            format=format,  # pyright: ignore[reportArgumentType]
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            show_progress=True,
+        )
+        if is_first_rank():
+            click.echo(f'Wrote {setting} to {", ".join(map(repr, map(str, folders)))}.')
+
+
+@main.command()
+@click.argument('checkpoints', type=click.Path())
+@click.argument('overrides', nargs=-1, metavar='[KEY=VALUE]...')
+@click.option('--config', required=True, type=click.Path(), help='The YAML of the sweep.')
+@click.option('--out', required=True, type=click.Path(), help='The folder to make.')
+def sweep(checkpoints: str, overrides: tuple[str, ...], config: str, out: str) -> None:
+    """Average a directory of CHECKPOINTS under many settings, in one reading: as models, or by their losses."""
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    from composer_bema.offline.ranks import is_first_rank, joined
+    from composer_bema.training.sweep import run_sweep
+
+    with joined():
+        _show_log(None, is_first_rank())
+        closing = run_sweep(checkpoints, config, out, overrides)
+        if is_first_rank():
+            click.echo(closing)
+
+
+@main.command()
+@click.argument('checkpoints', type=click.Path())
+@click.option('--rule', 'rules', required=True, multiple=True, help=RULE_HELP + '; repeatable')
+@average_options
+@click.option('--out', type=click.Path(), help='A PNG file to draw.')
+def weights(
+    checkpoints: str,
+    rules: tuple[str, ...],
+    at: tuple[int, ...],
+    initial_model: str | None,
+    out: str | None,
+    **options: Any,
+) -> None:
+    """Show what each of a directory of CHECKPOINTS weighs in averages; options go to the rules that have them."""
+    from composer_bema.offline.plan import weight_curves
+    from composer_bema.offline.trajectory import Trajectory
+    from composer_bema.plots import plot_curves
+
+    settings = [_setting(rule, options, rules) for rule in rules]
+    click.echo(_weights_table(checkpoints, settings, at, initial_model))
+    if out is not None:
+        trajectory = Trajectory(checkpoints, initial_model=initial_model)
+        averages = [average for setting in settings for average in trajectory.plan(setting, at)]
+        plot_curves(weight_curves(averages, trajectory.steps), out, 'step of the checkpoint', 'weight in the average')
+        click.echo(f"Drew '{out}'.")
+
+
+def _setting(rule: str, options: dict[str, Any], rules: Sequence[str] = ()) -> Setting:
+    """Make a setting of a rule of the options that were given; of several ``rules`` each takes those that it has."""
+    from composer_bema.offline.settings import Setting, settings_of
+
+    steps = {name: options[name] for name in ('update_freq', 'update_after')}
+    given = {n: None if v == 'none' else v for n, v in options.items() if v is not None and n not in steps}
+    others = {name for other in rules for name in settings_of(other)}
+    taken = {n: v for n, v in given.items() if n in settings_of(rule) or n not in others}
+    return Setting(rule, taken, **steps)
+
+
+def _weights_table(checkpoints: str, settings: Sequence[Setting], at: Sequence[int], initial_model: str | None) -> str:
+    from tabulate import tabulate
+
+    from composer_bema.offline.plan import weight_table
+    from composer_bema.offline.trajectory import Trajectory
+
+    trajectory = Trajectory(checkpoints, initial_model=initial_model)
+    averages = [average for setting in settings for average in trajectory.plan(setting, at)]
+    return tabulate(weight_table(averages, trajectory.steps), headers='keys', floatfmt='.6f')
+
+
+def _show_log(level: str | None, is_first_rank: bool = True) -> None:
+    """Show our log from ``level`` on; unless told, what is about to be done, and of the rest warnings only."""
     logging.basicConfig(format='%(levelname)s: %(message)s')
     if level:
         logging.getLogger('composer_bema').setLevel(level.upper())
-    else:
-        logging.getLogger('composer_bema.training').setLevel(logging.INFO)
+    elif is_first_rank:
+        for room in ('offline', 'training'):
+            logging.getLogger(f'composer_bema.{room}').setLevel(logging.INFO)

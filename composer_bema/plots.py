@@ -5,10 +5,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ['plot_curves']
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['plot_curves', 'plot_heat_map']
 
 Curve = Sequence[tuple[float, float]]
+
+_FEW_CURVES = 8
 
 
 def plot_curves(curves: Mapping[str, Curve], path: str | Path, x_label: str, y_label: str) -> None:
@@ -20,13 +26,9 @@ def plot_curves(curves: Mapping[str, Curve], path: str | Path, x_label: str, y_l
         x_label: What x counts, in whole numbers.
         y_label: What y measures.
     """
-    # Drawn without pyplot: no window system is touched, and no figure of the caller's is disturbed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    canvas = FigureCanvasAgg(figure)
+    figure = _figure()
     axes = figure.add_subplot()
     for name, points in curves.items():
         # A single evaluation is a point, which a line without markers would not show.
@@ -35,8 +37,59 @@ def plot_curves(curves: Mapping[str, Curve], path: str | Path, x_label: str, y_l
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    axes.legend()
+    # What many settings are called would cover the curves.
+    axes.legend(fontsize='medium' if len(curves) <= _FEW_CURVES else 'xx-small')
+    _write(figure, path)
+
+
+def plot_heat_map(
+    cells: Mapping[tuple[float, float], float], path: str | Path, x_label: str, y_label: str, value_label: str
+) -> None:
+    """Draw values over two settings as coloured cells with their numbers, and write a PNG.
+
+    Args:
+        cells: Values by (x, y); those that are missing stay blank.
+        path: The PNG file, replaced when it is there.
+        x_label: What x is.
+        y_label: What y is.
+        value_label: What the values are.
+    """
+    columns, rows = (sorted({key[axis] for key in cells}) for axis in (0, 1))
+    figure = _figure()
+    axes = figure.add_subplot()
+    grid = [[cells.get((x, y), float('nan')) for x in columns] for y in rows]
+    image = axes.imshow(grid, origin='lower', aspect='auto', cmap='viridis_r')
+    figure.colorbar(image, label=value_label)
+    axes.set_xticks(range(len(columns)), [f'{x:g}' for x in columns])
+    axes.set_yticks(range(len(rows)), [f'{y:g}' for y in rows])
+    best = min(cells, key=lambda key: cells[key])
+    for (x, y), value in cells.items():
+        weight = 'bold' if (x, y) == best else 'normal'
+        axes.text(
+            columns.index(x),
+            rows.index(y),
+            f'{value:.4f}',
+            ha='center',
+            va='center',
+            fontweight=weight,
+            bbox={'facecolor': 'white', 'alpha': 0.7, 'edgecolor': 'none', 'pad': 1.5},
+        )
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _write(figure, path)
+
+
+def _figure() -> 'Figure':
+    # Drawn without pyplot: no window system is touched, and no figure of the caller's is disturbed.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7, 4.5), layout='constrained')
+
+
+def _write(figure: 'Figure', path: str | Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path = Path(path)
     unfinished = path.with_name(f'.{path.name}')
-    canvas.print_figure(unfinished, dpi=150, format='png')
+    FigureCanvasAgg(figure).print_figure(unfinished, dpi=150, format='png')
     unfinished.replace(path)

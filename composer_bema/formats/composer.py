@@ -84,6 +84,11 @@ class Checkpoint:
         }
 
     @property
+    def timestamp(self) -> Optional[dict[str, Any]]:
+        """Composer's count of what has been done, or None in a checkpoint of weights only."""
+        return plain(self._state.get('timestamp'))
+
+    @property
     def batch(self) -> Optional[int]:
         """The optimizer steps done, or None in a checkpoint of weights only."""
         return plain(_child(self._state, 'timestamp', 'Timestamp', 'batch'))
@@ -195,16 +200,14 @@ class Checkpoint:
             if name in averaged or not tensor.dtype.is_floating_point:
                 continue
             for first in alike.get((tensor.shape, tensor.dtype), ()):
-                if self._fingerprint(name) == self._fingerprint(first) and torch.equal(
-                    tensor.read(), self.model[first].read()
-                ):
+                if self._fingerprint(name) == self._fingerprint(first) and tensor.equals(self.model[first]):
                     tied[name] = first
                     break
         return tied
 
     def _fingerprint(self, name: str) -> int:
         if name not in self._fingerprints:
-            self._fingerprints[name] = digest(self.model[name].read().reshape(-1)[:4096])
+            self._fingerprints[name] = digest(next(self.model[name].pieces(4096)))
         return self._fingerprints[name]
 
 

@@ -10,8 +10,12 @@ Composer keeps a model's configuration and its tokenizer's files as an entry of 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -47,6 +51,10 @@ _SHARDED_CLASS = 'FSDP'
 _WEIGHTS = 'model.safetensors'
 _CONFIG = 'config.json'
 
+# In a temporary folder: what is being written, and what it is about to replace.
+_NEW = 'new'
+_REPLACED = 'old'
+
 # Elements that are written at a time.
 _PIECE = 1024 * 1024
 
@@ -54,6 +62,8 @@ _PIECE = 1024 * 1024
 @contextlib.contextmanager
 def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[Path]:
     """Holds a temporary folder to write to, which becomes ``folder`` when all has been written, and else is removed.
+
+    What a killed process has left of an earlier attempt is removed.
 
     Args:
         folder (str | Path): The folder to make.
@@ -66,8 +76,13 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"'{folder}' exists and is not an empty folder: name another one, or remove it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}-', dir=folder.parent) as temporary:
-        unfinished, replaced = Path(temporary) / 'new', Path(temporary) / 'old'
+    prefix = f'.{folder.name}-unfinished-'
+    for abandoned in folder.parent.glob(f'{glob.escape(prefix)}*'):
+        with _locked(abandoned) as is_ours:
+            if is_ours:
+                _clear_up(abandoned, folder)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary, _locked(Path(temporary)):
+        unfinished, replaced = Path(temporary) / _NEW, Path(temporary) / _REPLACED
         unfinished.mkdir()
         yield unfinished
         for path in unfinished.rglob('*'):
@@ -77,6 +92,29 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
         if replace and folder.exists():
             folder.rename(replaced)
         unfinished.rename(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds a folder against other processes for as long as this one lives, and says whether none holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            # Another process has it, or this file system knows no locks.
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _clear_up(abandoned: Path, folder: Path) -> None:
+    """Removes what a killed process has left; the folder that it was about to replace goes back to its place."""
+    if (abandoned / _REPLACED).exists() and not folder.exists():
+        (abandoned / _REPLACED).rename(folder)
+    shutil.rmtree(abandoned)
 
 
 class WeightsWriter(Protocol):

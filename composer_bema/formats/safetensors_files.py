@@ -21,28 +21,29 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from composer_bema.formats.tensors import TensorSpec
 
-__all__ = ['MAX_SHARD_SIZE', 'SafetensorsFiles', 'bytes_of', 'write_json']
+__all__ = ['DTYPES', 'MAX_SHARD_SIZE', 'SafetensorsFiles', 'bytes_of', 'write_json']
 
 MAX_SHARD_SIZE = '5GB'
 
-# What the format calls dtypes, https://github.com/huggingface/safetensors#format.
-_DTYPES = {
-    torch.float64: 'F64',
-    torch.float32: 'F32',
-    torch.float16: 'F16',
-    torch.bfloat16: 'BF16',
-    torch.float8_e4m3fn: 'F8_E4M3',
-    torch.float8_e5m2: 'F8_E5M2',
-    torch.int64: 'I64',
-    torch.int32: 'I32',
-    torch.int16: 'I16',
-    torch.int8: 'I8',
-    torch.uint64: 'U64',
-    torch.uint32: 'U32',
-    torch.uint16: 'U16',
-    torch.uint8: 'U8',
-    torch.bool: 'BOOL',
+# Dtypes by what the format calls them, https://github.com/huggingface/safetensors#format.
+DTYPES = {
+    'F64': torch.float64,
+    'F32': torch.float32,
+    'F16': torch.float16,
+    'BF16': torch.bfloat16,
+    'F8_E4M3': torch.float8_e4m3fn,
+    'F8_E5M2': torch.float8_e5m2,
+    'I64': torch.int64,
+    'I32': torch.int32,
+    'I16': torch.int16,
+    'I8': torch.int8,
+    'U64': torch.uint64,
+    'U32': torch.uint32,
+    'U16': torch.uint16,
+    'U8': torch.uint8,
+    'BOOL': torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _Place(NamedTuple):
@@ -73,7 +74,7 @@ class SafetensorsFiles:
         max_shard_size: Optional[Union[int, str]] = MAX_SHARD_SIZE,
     ) -> None:
         for name, spec in specs.items():
-            if spec.dtype not in _DTYPES:
+            if spec.dtype not in _NAMES:
                 raise ValueError(f"Safetensors cannot hold the tensor '{name}', whose dtype is {spec.dtype}.")
         self._folder = folder
         self._specs = specs
@@ -122,7 +123,7 @@ class SafetensorsFiles:
         for name in names:
             spec = self._specs[name]
             span = [end, end + spec.nbytes]
-            entries[name] = {'dtype': _DTYPES[spec.dtype], 'shape': list(spec.shape), 'data_offsets': span}
+            entries[name] = {'dtype': _NAMES[spec.dtype], 'shape': list(spec.shape), 'data_offsets': span}
             end = span[1]
         text = json.dumps({'__metadata__': {'format': 'pt'}, **entries}).encode()
         text += b' ' * (-len(text) % 8)

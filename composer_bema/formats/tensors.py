@@ -13,7 +13,7 @@ import torch
 
 from composer_bema.averaging.digests import add_digests, digest
 
-__all__ = ['LazyTensor', 'TensorSpec']
+__all__ = ['LazyTensor', 'TensorSpec', 'piece_memory']
 
 # Elements that are compared at a time.
 _COMPARED = 64 * 1024
@@ -42,7 +42,7 @@ class LazyTensor:
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
-    stream: Optional[Callable[[int], Iterator[torch.Tensor]]] = None
+    stream: Optional[Callable[[int, Optional[torch.Tensor]], Iterator[torch.Tensor]]] = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -54,10 +54,17 @@ class LazyTensor:
         """Returns one that needs no reading."""
         return cls(tensor.shape, tensor.dtype, lambda: tensor)
 
-    def pieces(self, size: int) -> Iterator[torch.Tensor]:
-        """Yields the values in row-major order, ``size`` of them at a time, to be looked at and not written to."""
+    def pieces(self, size: int, memory: Optional[torch.Tensor] = None) -> Iterator[torch.Tensor]:
+        """Yields the values in row-major order, ``size`` of them at a time.
+
+        A piece is not to be written to, and is there until the next one is asked for.
+
+        Args:
+            size (int): The elements of a piece; the last may have fewer.
+            memory (torch.Tensor, optional): Bytes that a piece may be read into, at least 16 for each element.
+        """
         if self.stream is not None:
-            return self.stream(size)
+            return self.stream(size, memory)
         return iter(self.read().reshape(-1).split(size))
 
     def equals(self, other: LazyTensor) -> bool:
@@ -75,7 +82,7 @@ class LazyTensor:
             self.shape,
             dtype,
             lambda: self.read().to(dtype),
-            lambda size: (piece.to(dtype) for piece in self.pieces(size)),
+            lambda size, memory: (piece.to(dtype) for piece in self.pieces(size, memory)),
         )
 
     def reshape(self, shape: torch.Size) -> LazyTensor:
@@ -96,9 +103,9 @@ class LazyTensor:
                 raise ValueError(complaint)
             return tensor
 
-        def stream(size: int) -> Iterator[torch.Tensor]:
+        def stream(size: int, memory: Optional[torch.Tensor]) -> Iterator[torch.Tensor]:
             found, start = 0, 0
-            for piece in self.pieces(size):
+            for piece in self.pieces(size, memory):
                 found = add_digests(found, digest(piece, start))
                 start += piece.numel()
                 yield piece
@@ -106,3 +113,16 @@ class LazyTensor:
                 raise ValueError(complaint)
 
         return LazyTensor(self.shape, self.dtype, read, stream)
+
+
+def piece_memory(length: int, dtype: torch.dtype, memory: Optional[torch.Tensor]) -> torch.Tensor:
+    """Returns memory for all pieces of a tensor: fresh memory for each would cost as much as reading it.
+
+    Args:
+        length (int): The elements of a piece.
+        dtype (torch.dtype): The tensor's.
+        memory (torch.Tensor, optional): The bytes to take, if there are some.
+    """
+    if memory is None:
+        return torch.empty(length, dtype=dtype)
+    return memory[: length * dtype.itemsize].view(dtype)

@@ -17,7 +17,7 @@ from composer_bema.averaging.rules import Rule
 from composer_bema.averaging.windows import Window
 from composer_bema.offline.settings import Setting
 
-__all__ = ['Average', 'plan_averages']
+__all__ = ['Average', 'plan_averages', 'weight_curves', 'weight_table']
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,25 @@ def plan_averages(setting: Setting, steps: Sequence[int], at: Sequence[int] = ()
         )
         averages.append(Average(setting, step, *rows))
     return averages
+
+
+def weight_curves(averages: Sequence[Average], steps: Sequence[int]) -> dict[str, list[tuple[int, float]]]:
+    """Returns what the checkpoints weigh, as points (step, coefficient) by the averages' names."""
+    return {
+        _name(average, averages): [(step, c) for step, c in zip(steps, average.coefficients.tolist(), strict=True)]
+        for average in averages
+    }
+
+
+def weight_table(averages: Sequence[Average], steps: Sequence[int]) -> dict[str, list[float]]:
+    """Returns what the checkpoints weigh, as columns by their headers."""
+    columns = {_name(average, averages): average.coefficients.tolist() for average in averages}
+    return {'step': list(steps), **columns}
+
+
+def _name(average: Average, averages: Sequence[Average]) -> str:
+    several = len({other.step for other in averages}) > 1
+    return f'{average.setting}, step {average.step}' if several else str(average.setting)
 
 
 def _updates(setting: Setting, steps: Sequence[int]) -> list[int]:

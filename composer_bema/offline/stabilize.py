@@ -130,7 +130,7 @@ def write_averages(
             if is_first_rank():
                 _announce(reading, threads)
                 for folder, writer in zip(folders.values(), writers, strict=True):
-                    folder.mkdir(exist_ok=True)
+                    folder.mkdir(parents=True, exist_ok=True)
                     writer.create()
         with all_succeed():
             reading.compute(writers, threads, show_progress)

@@ -3,20 +3,21 @@
 
 r"""Averages of checkpoints, computed tensor by tensor and piece by piece: every byte is read once, for all of them.
 
-An average is a row of coefficients c that sum to 1, and so it is the last checkpoint plus a sum of differences,
-:math:`\theta_n + \sum_i c_i (\theta_i - \theta_n)`. Computed like this it loses next to nothing to rounding, and what
-training left alone comes out as it went in. The rows of all averages are one matrix, and a piece of all checkpoints is
-another.
+An average is a row of coefficients that sum to 1. A few are built up from the newest checkpoint to the oldest by steps
+:math:`a \leftarrow a + w_i (\theta_i - a)`, where :math:`w_i` is the part that a coefficient has in the sum of those so
+far. Many are the newest checkpoint plus a product of matrices, :math:`\theta_n + \sum_i c_i (\theta_i - \theta_n)`.
+Either way what training left alone comes out as it went in.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -27,11 +28,16 @@ from composer_bema.formats.tensors import LazyTensor
 
 __all__ = ['Digests', 'Job', 'Sink', 'scratch_bytes', 'stream_averages']
 
-# Elements of a piece, and the memory that a thread may have for the pieces of all checkpoints and averages: large
-# enough that reading is worth the call, small enough that they stay in cache between one operation and the next.
-_LARGEST_PIECE = 128 * 1024
-_SMALLEST_PIECE = 4 * 1024
+# Elements of a piece: so many that reading them is worth the call, so few that they are in cache when they are used.
+_LARGEST_PIECE = 512 * 1024
+_SMALLEST_PIECE = 16 * 1024
+# The memory that a thread takes for what it combines, unless the smallest pieces take more.
 _SCRATCH = 64 * 1024 * 1024
+# Up to so many averages it is faster to go without the matrices.
+_FEW = 2
+
+# Bytes for an element of a piece, of any dtype.
+_MEMORY = 16
 
 # XXH3 of a tensor's bytes by the index of its checkpoint and its name.
 Digests = dict[tuple[int, str], str]
@@ -54,7 +60,7 @@ class Job:
         tensors (Sequence[LazyTensor]): It in each of the checkpoints, of one shape.
         paths (Sequence[str]): The checkpoints, for messages.
         coefficients (np.ndarray): Of the shape (averages, checkpoints); each row sums to 1. A row with a single one is
-            a copy, to the bit.
+            a copy, to the bit and of any dtype.
     """
 
     name: str
@@ -97,9 +103,9 @@ def stream_averages(
 
 
 def scratch_bytes(num_checkpoints: int, num_averages: int, threads: int) -> int:
-    """Returns the memory that pieces take, whatever the size of the model."""
-    rows = num_checkpoints + num_averages
-    return threads * rows * _piece(rows) * torch.float64.itemsize
+    """Returns the memory that computing takes, whatever the size of the model."""
+    rows = _rows(num_checkpoints, num_averages)
+    return threads * _piece(rows) * (rows * torch.float32.itemsize + _MEMORY)
 
 
 class _Shared:
@@ -115,95 +121,165 @@ class _Shared:
 
     def work(self) -> None:
         """Works on one tensor after the other until there is none left, or another thread has failed."""
+        memory = torch.empty(_LARGEST_PIECE * _MEMORY, dtype=torch.uint8)
         try:
             while not self.stopped.is_set():
                 with self._lock:
                     job = next(self.waiting, None)
                 if job is None:
                     return
-                self._average(job)
+                self._average(job, memory)
         except BaseException:
             self.stopped.set()
             raise
 
-    def _average(self, job: Job) -> None:
+    def _average(self, job: Job, memory: torch.Tensor) -> None:
         hashes = [xxhash.xxh3_64() for _ in job.tensors]
-        combine = _Copies(job) if _is_copy(job.coefficients) else _Combination(job)
-        size = _piece(sum(job.coefficients.shape))
-        start = 0
-        for pieces in zip(*(tensor.pieces(size) for tensor in job.tensors), strict=True):
+        size = _piece(_rows(len(job.tensors), len(self.sinks)))
+        combination = (_Interpolations if len(self.sinks) <= _FEW else _Product)(job, size)
+        streams = [tensor.pieces(size, memory) for tensor in job.tensors]
+        numel = job.tensors[0].shape.numel()
+        for start in range(0, numel, size):
             if self.stopped.is_set():
                 return
-            for piece, state in zip(pieces, hashes, strict=True):
-                state.update(bytes_of(piece))
-            for sink, values in zip(self.sinks, combine(pieces), strict=True):
-                sink.write(job.name, start, values)
-            start += pieces[0].numel()
+            # A piece is made use of while it is in cache, and then its memory is the next one's.
+            for column in reversed(range(len(streams))):
+                piece = next(streams[column])
+                hashes[column].update(bytes_of(piece))
+                for index in combination.add(column, piece):
+                    self.sinks[index].write(job.name, start, piece)
+            for index, values in combination.results(min(size, numel - start)):
+                self.sinks[index].write(job.name, start, values)
             with self._lock:
-                self.on_read(sum(piece.nbytes for piece in pieces))
+                self.on_read(sum(tensor.dtype.itemsize for tensor in job.tensors) * min(size, numel - start))
+        for stream in streams:
+            # Some know only at their end that they were damaged.
+            next(stream, None)
         self.digests.update({(index, job.name): state.hexdigest() for index, state in enumerate(hashes)})
 
 
-class _Copies:
-    """Passes on the pieces of one checkpoint for each average."""
+class _Combination(ABC):
+    """Combines pieces of one tensor, given from the newest checkpoint on; in fp32, or in fp64 if one of them has it."""
 
-    def __init__(self, job: Job) -> None:
-        self._columns = job.coefficients.argmax(axis=1).tolist()
-
-    def __call__(self, pieces: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        return (pieces[column] for column in self._columns)
-
-
-class _Combination:
-    """Combines pieces, in fp32 or, where a checkpoint has it, in fp64."""
-
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, size: int) -> None:
         self._job = job
+        self._checkpoints = range(job.coefficients.shape[1])
+        copied = (job.coefficients != 0).sum(axis=1) == 1
+        self._copies = [np.flatnonzero(copied & (job.coefficients[:, c] != 0)).tolist() for c in self._checkpoints]
+        self._combined = np.flatnonzero(~copied).tolist()
         wide = any(tensor.dtype == torch.float64 for tensor in job.tensors)
         self._dtype = torch.float64 if wide else torch.float32
-        # The last column is implied by the others.
-        self._coefficients = torch.from_numpy(job.coefficients[:, :-1]).to(self._dtype)
-        averages, checkpoints = job.coefficients.shape
-        length = min(_piece(averages + checkpoints), job.tensors[0].shape.numel())
-        self._operands = torch.empty(checkpoints * length, dtype=self._dtype)
-        self._results = torch.empty(averages * length, dtype=self._dtype)
+        self._length = min(size, job.tensors[0].shape.numel())
+        self._prepare(job.coefficients[self._combined])
 
-    def __call__(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        averages, checkpoints = self._job.coefficients.shape
-        length = pieces[0].numel()
-        operands = self._operands[: checkpoints * length].view(checkpoints, length)
-        results = self._results[: averages * length].view(averages, length)
-        *differences, last = operands.unbind()
-        last.copy_(pieces[-1])
-        for difference, piece in zip(differences, pieces, strict=False):
-            if piece.dtype == self._dtype:
-                torch.sub(piece, last, out=difference)
-            else:
-                difference.copy_(piece).sub_(last)
-        torch.addmm(last.expand(averages, length), self._coefficients, operands[:-1], out=results)
-        self._require_finite(results, pieces)
-        return results
+    def add(self, column: int, piece: torch.Tensor) -> list[int]:
+        """Takes a checkpoint's piece, and returns the averages that it is already."""
+        if self._combined:
+            self._take(column, piece)
+        return self._copies[column]
 
-    def _require_finite(self, results: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
-        # A sum is finite unless a value is not, or it overflows.
-        if torch.isfinite(results.sum()) or torch.isfinite(results).all():
+    def results(self, length: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the other averages of the pieces, which were ``length`` elements long.
+
+        Raises:
+            ValueError: If a value is not finite.
+        """
+        if not self._combined:
             return
-        for piece, path in zip(pieces, self._job.paths, strict=True):
-            if not torch.isfinite(piece).all():
+        results = self._finish(length)
+        # A sum is finite unless a value is not, or it overflows.
+        if not torch.isfinite(results.sum()) and not torch.isfinite(results).all():
+            self._refuse()
+        yield from zip(self._combined, results, strict=True)
+
+    @abstractmethod
+    def _prepare(self, coefficients: np.ndarray) -> None:
+        """Makes room for averages of these coefficients."""
+
+    @abstractmethod
+    def _take(self, column: int, piece: torch.Tensor) -> None:
+        """Takes a checkpoint's piece."""
+
+    @abstractmethod
+    def _finish(self, length: int) -> torch.Tensor:
+        """Returns the averages of the pieces, of the shape (averages, length)."""
+
+    def _refuse(self) -> NoReturn:
+        for tensor, path in zip(self._job.tensors, self._job.paths, strict=True):
+            if not all(torch.isfinite(piece).all() for piece in tensor.pieces(_LARGEST_PIECE)):
                 raise ValueError(
                     f"The tensor '{self._job.name}' in '{path}' holds a NaN or an infinity: leave that checkpoint out, "
-                    f"or take such tensors from the last one (--copy '{self._job.name}')."
+                    f"or take such tensors as they are (--copy '{self._job.name}')."
                 )
         raise ValueError(f"The average of the tensor '{self._job.name}' overflows.")
 
 
-def _is_copy(coefficients: np.ndarray) -> bool:
-    return bool((np.sort(coefficients, axis=1) == np.eye(1, coefficients.shape[1], coefficients.shape[1] - 1)).all())
+class _Interpolations(_Combination):
+    """Builds up each average step by step, while a piece is in cache: the faster way to a few of them."""
+
+    def _prepare(self, coefficients: np.ndarray) -> None:
+        self._weights = _step_weights(coefficients)
+        self._results = torch.empty(len(coefficients), self._length, dtype=self._dtype)
+        self._converted = torch.empty(self._length, dtype=self._dtype)
+
+    def _take(self, column: int, piece: torch.Tensor) -> None:
+        if piece.dtype != self._dtype:
+            piece = self._converted[: piece.numel()].copy_(piece)
+        for result, weights in zip(self._results, self._weights, strict=True):
+            weight = weights[column]
+            # The newest that weighs has nothing before it.
+            if weight == 1:
+                result[: piece.numel()].copy_(piece)
+            elif weight != 0:
+                result[: piece.numel()].lerp_(piece, weight)
+
+    def _finish(self, length: int) -> torch.Tensor:
+        return self._results[:, :length]
+
+
+class _Product(_Combination):
+    """Multiplies differences from the newest checkpoint by the matrix of coefficients: the faster way to many."""
+
+    def _prepare(self, coefficients: np.ndarray) -> None:
+        # That of the newest is implied by the others.
+        self._coefficients = torch.from_numpy(coefficients[:, :-1]).to(self._dtype)
+        self._operands = torch.empty(len(self._checkpoints) * self._length, dtype=self._dtype)
+        self._results = torch.empty(len(coefficients) * self._length, dtype=self._dtype)
+
+    def _take(self, column: int, piece: torch.Tensor) -> None:
+        operands = self._operands_of(piece.numel())
+        newest, difference = operands[-1], operands[column]
+        if column == len(operands) - 1:
+            newest.copy_(piece)
+        elif piece.dtype == self._dtype:
+            torch.sub(piece, newest, out=difference)
+        else:
+            difference.copy_(piece).sub_(newest)
+
+    def _finish(self, length: int) -> torch.Tensor:
+        operands = self._operands_of(length)
+        results = self._results[: len(self._coefficients) * length].view(-1, length)
+        return torch.addmm(operands[-1].expand_as(results), self._coefficients, operands[:-1], out=results)
+
+    def _operands_of(self, length: int) -> torch.Tensor:
+        return self._operands[: len(self._checkpoints) * length].view(-1, length)
+
+
+def _step_weights(coefficients: np.ndarray) -> list[list[float]]:
+    """Returns what each coefficient is of the sum of itself and those of newer checkpoints."""
+    sums = np.cumsum(coefficients[:, ::-1], axis=1)[:, ::-1]
+    # The newest checkpoints weigh positively in every average, and so does all that is newer than any.
+    assert (sums[coefficients != 0] > 0).all()
+    return np.divide(coefficients, sums, out=np.zeros_like(coefficients), where=coefficients != 0).tolist()
+
+
+def _rows(num_checkpoints: int, num_averages: int) -> int:
+    """Returns how many pieces are in memory at a time."""
+    return num_averages + (2 if num_averages <= _FEW else num_checkpoints)
 
 
 def _piece(rows: int) -> int:
-    fitting = _SCRATCH // (rows * torch.float32.itemsize)
-    return min(max(fitting, _SMALLEST_PIECE), _LARGEST_PIECE) // 1024 * 1024
+    return max(min(_SCRATCH // (rows * torch.float32.itemsize), _LARGEST_PIECE), _SMALLEST_PIECE)
 
 
 @contextlib.contextmanager

@@ -9,16 +9,25 @@ is not known here: each is checked against its builder's signature, see :mod:`co
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-__all__ = ['ConfigError', 'TrainConfig', 'load_config', 'reject_unknown', 'suggest']
+__all__ = [
+    'ConfigError',
+    'TrainConfig',
+    'check_top_level',
+    'load_config',
+    'read_settings',
+    'reject_unknown',
+    'suggest',
+]
 
+T = TypeVar('T')
 
 # The longest list of names that still helps whoever reads an error message.
 MOST_LISTED = 24
@@ -101,6 +110,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: The file cannot be read, a key is unknown or missing, or a value has the wrong type.
     """
+    defaults = {'run_name': Path(path).stem, 'run_folder': 'runs/${run_name}'}
+    return check_top_level(read_settings(path, overrides, defaults), TrainConfig)
+
+
+def read_settings(
+    path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read a YAML, apply ``key.path=value`` overrides and resolve interpolations.
+
+    Args:
+        path: The YAML file.
+        overrides: Later ones win.
+        defaults: Values of keys that are missing or empty; interpolations may refer to them.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no ``key: value`` pairs.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"No such settings file: '{path}'.")
@@ -110,7 +136,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             raise ConfigError(f"'{path}' must hold `key: value` pairs at its top level.")
         for override in overrides:
             _apply_override(config, override)
-        for key, default in (('run_name', path.stem), ('run_folder', 'runs/${run_name}')):
+        for key, default in (defaults or {}).items():
             # Set before interpolations are resolved, for others may refer to it; and so looked up without resolving.
             raw: Any = OmegaConf.to_container(config, resolve=False)
             if raw.get(key) is None:
@@ -121,7 +147,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"'{path}', key '{error.full_key}': {_first_line(error)}.") from error
     assert isinstance(settings, dict)
-    return _check_top_level({str(key): value for key, value in settings.items()})
+    return {str(key): value for key, value in settings.items()}
 
 
 def _apply_override(config: Any, override: str) -> None:
@@ -137,23 +163,34 @@ def _apply_override(config: Any, override: str) -> None:
     OmegaConf.update(config, key, parsed['value'], merge=False)
 
 
-def _check_top_level(settings: dict[str, Any]) -> TrainConfig:
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    reject_unknown(settings, fields)
+def check_top_level(settings: Mapping[str, Any], record: type[T], path: str = '') -> T:
+    """Make a dataclass of settings.
+
+    Args:
+        settings: Its fields; those left empty have their defaults.
+        record: The dataclass.
+        path: The dotted key that the settings are under.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has the wrong type.
+    """
+    prefix = f'{path}.' if path else ''
+    fields = {field.name: field for field in dataclasses.fields(record)}  # pyright: ignore[reportArgumentType]
+    reject_unknown(settings, fields, path)
     for name, field in fields.items():
-        is_required = field.default is dataclasses.MISSING
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_required and settings.get(name) is None:
-            raise ConfigError(f'{name} is missing from the settings.')
-    merged = OmegaConf.structured(TrainConfig)
+            raise ConfigError(f'{prefix}{name} is missing from the settings.')
+    merged = OmegaConf.structured(record)
     for name, value in settings.items():
         # A key left empty in the YAML means its default, as if it were not there.
         if value is not None:
             try:
                 merged = OmegaConf.merge(merged, {name: value})
             except (OmegaConfBaseException, TypeError) as error:
-                raise ConfigError(f'{name}: {_first_line(error)}.') from error
+                raise ConfigError(f'{prefix}{name}: {_first_line(error)}.') from error
     config = OmegaConf.to_object(merged)
-    assert isinstance(config, TrainConfig)
+    assert isinstance(config, record)
     return config
 
 

@@ -3,13 +3,20 @@
 
 """Folders of torch's distributed checkpoints: what torch has written is read back, and contradictions are noticed."""
 
+import io
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
+from composer_bema.formats import dcp as dcp_format
 from composer_bema.formats.dcp import plain, read_folder
 from tests.formats.runs import InTwo
 
@@ -21,6 +28,35 @@ def write(tmp_path):
         return tmp_path / 'x'
 
     return write
+
+
+class Cut(InTwo):
+    """A tensor that is saved in the parts given, each by the place of its first value and its shape."""
+
+    parts: dict[tuple[int, ...], tuple[int, ...]]
+
+    def __create_chunk_list__(self):
+        return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in self.parts.items()]
+
+    def __get_tensor_shard__(self, index):
+        assert index.offset is not None
+        sizes = self.parts[tuple(index.offset)]
+        return self.whole[tuple(slice(o, o + s) for o, s in zip(index.offset, sizes, strict=True))]
+
+
+def cut(whole, *parts):
+    tensor = Cut(whole)
+    assert isinstance(tensor, Cut)
+    tensor.parts = dict(parts)
+    return tensor
+
+
+def joined(lazy, size):
+    pieces = [piece.clone() for piece in lazy.pieces(size)]
+    assert all(piece.numel() == size for piece in pieces[:-1])
+    assert len(pieces) == max(1, -(-lazy.shape.numel() // size))
+    assert all((piece.dim(), piece.dtype) == (1, lazy.dtype) for piece in pieces)
+    return torch.cat(pieces)
 
 
 def change(folder, how):
@@ -45,6 +81,8 @@ def test_tensors_come_back(write, shape, dtype):
     for lazy in (read['whole'], read['a.b']['c.d'], read.get('halves', read['whole'])):
         assert (lazy.shape, lazy.dtype) == (tensor.shape, dtype)
         assert torch.equal(lazy.read(), tensor)
+        for size in (1, 2, 7, 1000):
+            assert torch.equal(joined(lazy, size), tensor.reshape(-1))
 
 
 def test_values_come_back_but_for_what_is_empty(write):
@@ -106,8 +144,10 @@ def test_a_part_that_is_another_is_refused(write):
         a.__dict__, b.__dict__ = b.__dict__, a.__dict__
 
     change(folder, exchange)
-    with pytest.raises(ValueError, match=r"__0_0\.distcp' has something else where 'a' should be"):
-        read_folder(folder)['a'].read()
+    lazy = read_folder(folder)['a']
+    for read in (lazy.read, lambda: next(lazy.pieces(1))):
+        with pytest.raises(ValueError, match=r"__0_0\.distcp' has something else where 'a' should be"):
+            read()
 
 
 @pytest.mark.parametrize('place', range(-150, 0, 10))
@@ -118,5 +158,174 @@ def test_a_flipped_bit_in_any_tensor_is_noticed(write, place):
     begin = content.index(torch.arange(20.0).numpy().tobytes())
     place = begin + 80 * (place + 150) // 150
     file.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
-    with pytest.raises(ValueError, match=r"__0_0\.distcp' is damaged at byte 0 \(its records are damaged: Bad CRC-32"):
-        read_folder(folder)['a'].read()
+    lazy = read_folder(folder)['a']
+    for read in (lazy.read, lambda: joined(lazy, 20), lambda: joined(lazy, 7)):
+        with pytest.raises(ValueError, match=r"__0_0\.distcp' is damaged at byte 0 \(its records are damaged: Bad CRC"):
+            read()
+
+
+# Piece by piece
+
+
+@pytest.fixture(scope='module')
+def in_many_parts(tmp_path_factory):
+    """Tensors cut in all ways, and what they are."""
+    tensor = torch.randn(11, 3)
+    flat = torch.arange(50, dtype=torch.int16)
+    cuts = {
+        'whole': (tensor, tensor),
+        'halves': (InTwo(tensor), tensor),
+        'rows': (cut(tensor, ((0, 0), (1, 3)), ((1, 0), (7, 3)), ((8, 0), (3, 3))), tensor),
+        'some empty': (cut(tensor, ((0, 0), (6, 3)), ((6, 0), (5, 3)), ((11, 0), (0, 3))), tensor),
+        'not in order': (cut(flat, ((30,), (20,)), ((0,), (13,)), ((13,), (17,))), flat),
+        'flat': (InTwo(flat), flat),
+        'columns': (cut(tensor, ((0, 0), (11, 1)), ((0, 1), (11, 2))), tensor),
+        'boxes': (cut(tensor, ((0, 0), (4, 3)), ((4, 0), (7, 2)), ((4, 2), (7, 1))), tensor),
+        'transposed': (tensor.t(), tensor.t()),
+        'rows of transposed': (InTwo(tensor.t()), tensor.t()),
+        'conjugate': (torch.randn(7, dtype=torch.cfloat).conj(), None),
+        '8 bits': (tensor.to(torch.float8_e4m3fn).view(torch.float8_e4m3fn), None),
+    }
+    folder = tmp_path_factory.mktemp('parts')
+    nest = {name: saved for name, (saved, _) in cuts.items()}
+    dcp.save(nest, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    return folder, {name: saved if whole is None else whole for name, (saved, whole) in cuts.items()}
+
+
+@given(data=st.data(), size=st.integers(1, 60))
+def test_pieces_are_those_of_the_whole_wherever_it_is_cut(in_many_parts, data, size):
+    folder, tensors = in_many_parts
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    lazy = read_folder(folder)[name]
+    expected = tensors[name].reshape(-1)
+    for values in (joined(lazy, size), lazy.read().reshape(-1)):
+        assert values.dtype == expected.dtype
+        assert bytes_of(values) == bytes_of(expected)
+
+
+def bytes_of(tensor):
+    return tensor.resolve_conj().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize('name', ['whole', 'rows', 'some empty', 'not in order', 'flat', '8 bits'])
+def test_no_more_than_a_piece_is_read_at_a_time(in_many_parts, name, monkeypatch):
+    """Apart from the directory and the pickle of a part, which are small whatever its size."""
+    folder, tensors = in_many_parts
+    lazy = read_folder(folder)[name]
+    reads = []
+
+    class Watched(io.FileIO):
+        def readinto(self, buffer):
+            reads.append(len(buffer))
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(dcp_format, 'load_archive', None)
+    monkeypatch.setattr(dcp_format, '_assemble', None)
+    original = Path.open
+    monkeypatch.setattr(Path, 'open', lambda path, mode: Watched(path, mode) if mode == 'rb' else original(path, mode))
+    assert torch.equal(joined(lazy, 5).view(torch.uint8), tensors[name].reshape(-1).view(torch.uint8))
+    assert max(reads) == 5 * lazy.dtype.itemsize
+    assert sum(reads) == tensors[name].nbytes
+
+
+def test_no_file_stays_open(in_many_parts):
+    folder, _ = in_many_parts
+    before = len(os.listdir('/proc/self/fd'))
+    begun = [lazy.pieces(2) for lazy in read_folder(folder).values()]
+    for pieces in begun:
+        next(pieces)
+    assert len(os.listdir('/proc/self/fd')) == before
+
+
+def test_threads_do_not_disturb_each_other(in_many_parts):
+    folder, tensors = in_many_parts
+    nest = read_folder(folder)
+    names = sorted(tensors) * 20
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda name: bytes_of(joined(nest[name], 3)), names))
+    assert found == [bytes_of(tensors[name].reshape(-1)) for name in names]
+
+
+def test_a_damaged_value_is_noticed_before_the_last_piece_of_its_part(write):
+    folder = write({'a': InTwo(torch.arange(20.0))})
+    (file,) = folder.glob('*.distcp')
+    content = file.read_bytes()
+    place = content.index(torch.arange(10.0).numpy().tobytes())
+    file.write_bytes(content[:place] + b'\1' + content[place + 1 :])
+    pieces = read_folder(folder)['a'].pieces(4)
+    assert [len(next(pieces)) for _ in range(2)] == [4, 4]
+    with pytest.raises(ValueError, match=r'is damaged at byte 0 \(its records are damaged: Bad CRC-32'):
+        next(pieces)
+
+
+@pytest.mark.parametrize('shape', [(), (20,), (5, 4)])
+def test_checkpoints_without_checksums_are_read(write, shape):
+    tensor = torch.ones(shape)
+    torch.serialization.set_crc32_options(False)
+    try:
+        folder = write({'a': tensor})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    (file,) = folder.glob('*.distcp')
+    content = file.read_bytes()
+    # Nothing is there to tell.
+    begin = content.index(tensor.numpy().tobytes())
+    file.write_bytes(content[:begin] + torch.tensor([2.0]).numpy().tobytes() + content[begin + 4 :])
+    lazy = read_folder(folder)['a']
+    assert joined(lazy, 3).tolist() == lazy.read().reshape(-1).tolist() == [2.0, *[1.0] * (tensor.numel() - 1)]
+    # It is the bytes of this machine that are passed on.
+    file.write_bytes(content.replace(b'little', b'middle'))
+    for read in (lazy.read, lambda: next(lazy.pieces(3))):
+        with pytest.raises(ValueError, match='Unknown endianness type'):
+            read()
+
+
+def test_a_part_of_another_dtype_is_refused(write):
+    folder = write({'a': torch.ones(3)})
+    change(folder, lambda m: setattr(m.state_dict_metadata['a'].properties, 'dtype', torch.int32))
+    lazy = read_folder(folder)['a']
+    for read in (lazy.read, lambda: next(lazy.pieces(1))):
+        with pytest.raises(ValueError, match="has something else where 'a' should be"):
+            read()
+
+
+@pytest.mark.parametrize('kept', [0, 10, -600, -1])
+def test_a_file_that_is_cut(write, kept):
+    folder = write({'a': torch.ones(1000)})
+    lazy = read_folder(folder)['a']
+    (file,) = folder.glob('*.distcp')
+    content = file.read_bytes()
+    pieces = lazy.pieces(100)
+    next(pieces)
+    file.write_bytes(content[:kept])
+    for read in (lazy.read, lambda: next(lazy.pieces(100))):
+        with pytest.raises(ValueError, match='is damaged at byte 0 .*its end is missing'):
+            read()
+    if kept >= 0:
+        # It was whole when the reading began.
+        with pytest.raises(ValueError, match=r'is damaged at byte 0 \(its end is missing\); use another checkpoint'):
+            list(pieces)
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        next(lazy.pieces(100))
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_is_executed(write, tmp_path):
+    folder = write({'a': torch.ones(3)})
+    (file,) = folder.glob('*.distcp')
+    with file.open('wb') as opened:
+        torch.save({'a': torch.ones(3), 'b': Evil(tmp_path / 'made')}, opened)
+    change(folder, lambda m: setattr(first_part(m), 'length', file.stat().st_size))
+    lazy = read_folder(folder)['a']
+    for read in (lazy.read, lambda: next(lazy.pieces(1))):
+        with pytest.raises(ValueError, match='it cannot be unpickled'):
+            read()
+    assert not (tmp_path / 'made').exists()

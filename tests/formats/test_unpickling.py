@@ -52,7 +52,7 @@ class Own:
         np.float64(2),
         np.random.RandomState(0).get_state(),
         TorchVersion('2.7.0'),
-        datetime.timedelta(1),
+        datetime.timezone.utc,
         collections.defaultdict(list, a=[1]),
         Own(),
         Own,
@@ -67,6 +67,10 @@ def test_what_else_there_is_becomes_inert(save, value):
     values = loaded['value'] if isinstance(loaded['value'], tuple) else (loaded['value'],)
     assert any(isinstance(value, Inert) or value is Inert for value in values)
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_the_time_that_a_run_has_taken_is_read(save):
+    assert load_archive(save({'wct': datetime.timedelta(seconds=3)})) == {'wct': datetime.timedelta(seconds=3)}
 
 
 def test_a_file_is_mapped_and_not_read(tmp_path):

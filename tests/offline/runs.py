@@ -1,0 +1,134 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trajectories of tiny real runs, saved every two steps, in every format that is read, and the averages kept online."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed.checkpoint as dcp
+from composer import Algorithm
+from safetensors.torch import save_file
+
+from composer_bema import BEMA, EMA
+from tests.distributed import programs
+from tests.distributed.programs import Topology
+from tests.formats.runs import in_parts, make_loader, make_model, weights_of
+
+STEPS = range(2, 13, 2)
+_ONLINE = {'update_freq': '2ba', 'eval_labels': []}
+
+
+class Run(NamedTuple):
+    """A run's checkpoints, and what its weights were, by step and by ``training`` or the class of an average."""
+
+    checkpoints: Path
+    weights: dict[int, dict[str, dict[str, torch.Tensor]]]
+
+    @property
+    def initial_model(self) -> str:
+        """The model before the first step, as a Hugging Face folder."""
+        return str(self.checkpoints.parent / 'initial')
+
+
+_RUNS: dict[str, dict[str, Any]] = {
+    # The model of a checkpoint holds BEMA.
+    'average': {'algorithms': [lambda: BEMA('2ba')]},
+    'training': {'algorithms': [lambda: BEMA('2ba', save_weights='training')]},
+    'late': {'algorithms': [lambda: BEMA('2ba', update_after='4ba', lag=1, bias_power=0.4)]},
+    'half-life': {'algorithms': [lambda: BEMA('2ba', half_life='5ba')]},
+    'ema': {'algorithms': [lambda: EMA(smoothing=0.6, update_freq='2ba')]},
+    'none': {'algorithms': []},
+    'bf16': {'algorithms': [lambda: BEMA('2ba')], 'dtype': 'bfloat16', 'tied': False, 'frozen': True},
+    'lora': {'algorithms': [lambda: BEMA('2ba')], 'lora': True},
+    # No Hugging Face model, and one with BatchNorm.
+    'classifier': {'algorithms': [lambda: BEMA('2ba')]},
+}
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = tempfile.mkdtemp(prefix='trajectories-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@functools.cache
+def run(name: str) -> Run:
+    """One of the runs above, in Composer's monolithic checkpoints; for the session, so that nobody may change it."""
+    folder = _folder() / name
+    arguments = dict(_RUNS[name])
+    algorithms: list[Callable[[], Algorithm]] = arguments.pop('algorithms')
+    patches = {}
+    if name != 'classifier':
+        model = make_model(**arguments)
+        (model.model.get_base_model() if arguments.get('lora') else model.model).save_pretrained(folder / 'initial')
+        patches = {'make_model': lambda *args: model, 'make_loader': lambda *args: make_loader()}
+    with mock.patch.multiple(programs, **patches) if patches else mock.MagicMock():
+        seen = programs.train(
+            Topology(),
+            look=weights_of,
+            algorithms=algorithms,
+            max_duration='12ba',
+            save_folder=str(folder / 'checkpoints'),
+            save_interval='2ba',
+        )
+    weights = {step: look for (event, step), look in seen.items() if event == 'batch_end'}
+    return Run(folder / 'checkpoints', {0: seen['fit_start', 0], **weights})
+
+
+def as_huggingface(source: Run, folder: Path, safe: bool = True, name: str = 'checkpoint-{}') -> Path:
+    """The training weights of a run as folders that transformers writes, and what its Trainer leaves beside them."""
+    model = make_model()
+    for step in STEPS:
+        target = folder / name.format(step)
+        model.load_state_dict(source.weights[step]['training'])
+        model.model.save_pretrained(target, safe_serialization=safe, max_shard_size='8KB')
+        model.tokenizer.save_pretrained(target)
+        (target / 'trainer_state.json').write_text('{}')
+        torch.save({'step': step}, target / 'optimizer.pt')
+    return folder
+
+
+def as_safetensors(source: Run, folder: Path) -> Path:
+    folder.mkdir()
+    for step in STEPS:
+        tensors = {n: tensor.clone() for n, tensor in source.weights[step]['training'].items()}
+        save_file(tensors, folder / f'model-{step}.safetensors')
+    return folder
+
+
+def as_shards(source: Run, folder: Path) -> Path:
+    """A run's checkpoints as two ranks would have saved them, as torch's own writer does."""
+    for file in sorted(source.checkpoints.glob('ep*-rank0.pt')):
+        nest = torch.load(file, weights_only=False)
+        nest['state']['model'] = in_parts(nest['state']['model'])
+        for entry in nest['state']['callbacks'].get('AveragingCheckpoint', {}).values():
+            if isinstance(entry, dict):
+                groups = {**entry.pop('buffers'), 'training_weights': entry.pop('training_weights', {})}
+                groups = {group: in_parts(tensors, flat=True) for group, tensors in groups.items()}
+                entry.update({'training_weights': groups.pop('training_weights'), 'buffers': groups})
+        writer = dcp.FileSystemWriter(folder / file.name.removesuffix('-rank0.pt'))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            dcp.save(nest, storage_writer=writer, no_dist=True)
+    return folder
+
+
+def as_compressed(source: Run, folder: Path) -> Path:
+    folder.mkdir()
+    for file in source.checkpoints.glob('ep*-rank0.pt'):
+        with (folder / f'{file.name}.gz').open('wb') as target:
+            subprocess.run(['gzip', '-c', str(file)], stdout=target, check=True)
+    return folder
