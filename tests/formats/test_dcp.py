@@ -219,7 +219,7 @@ def test_no_more_than_a_piece_is_read_at_a_time(in_many_parts, name, monkeypatch
             reads.append(len(buffer))
             return super().readinto(buffer)
 
-    monkeypatch.setattr(dcp_format, 'load_archive', None)
+    monkeypatch.setattr('composer_bema.formats.stored_parts.load_archive', None)
     monkeypatch.setattr(dcp_format, '_assemble', None)
     original = Path.open
     monkeypatch.setattr(Path, 'open', lambda path, mode: Watched(path, mode) if mode == 'rb' else original(path, mode))

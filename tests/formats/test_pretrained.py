@@ -105,7 +105,10 @@ def test_tensors_of_any_shape_and_dtype(tmp_path, dtype, shape):
     assert list(tensors)[-1] == 'a' or dtype.itemsize == 1
     for name in ('b', 'c'):
         assert (tensors[name].shape, tensors[name].dtype) == (shape, dtype)
-        for values in (tensors[name].read().reshape(-1), torch.cat([piece.clone() for piece in tensors[name].pieces(4)])):
+        for values in (
+            tensors[name].read().reshape(-1),
+            torch.cat([piece.clone() for piece in tensors[name].pieces(4)]),
+        ):
             assert torch.equal(values.view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
