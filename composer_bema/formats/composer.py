@@ -124,7 +124,7 @@ class Checkpoint:
         if which == TRAINING:
             changed = self._training_weights()
         else:
-            name = self._average_name(average)
+            name = self.average_name(average)
             saved = self.averages.get(name)
             if saved is not None:
                 changed = saved.weights(which)
@@ -162,7 +162,15 @@ class Checkpoint:
                     'weights if that is what you want.'
                 )
 
-    def _average_name(self, wanted: Optional[str]) -> str:
+    def average_name(self, wanted: Optional[str] = None) -> str:
+        """Returns the name of an average of which there are weights here.
+
+        Args:
+            wanted (str, optional): It, in whatever case; needed where there are several.
+
+        Raises:
+            ValueError: If there is none, or no such one, or none of several was named.
+        """
         names = self.average_names
         if not names:
             if self._has_weights_only:

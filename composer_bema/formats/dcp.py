@@ -22,7 +22,7 @@ from composer_bema.formats.stored_parts import StoredPart
 from composer_bema.formats.tensors import LazyTensor, piece_memory
 from composer_bema.formats.unpickling import load_metadata
 
-__all__ = ['METADATA', 'LazyValue', 'plain', 'read_folder', 'stored_parts']
+__all__ = ['METADATA', 'LazyValue', 'plain', 'read_folder', 'read_model', 'stored_parts']
 
 METADATA = '.metadata'
 
@@ -84,6 +84,27 @@ def read_folder(folder: Path) -> dict[Any, Any]:
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f'its .metadata contradicts itself ({type(error).__name__}: {error})') from error
     return nest
+
+
+def read_model(folder: Path) -> Optional[dict[str, LazyTensor]]:
+    """Returns the tensors that a folder has of a model, if another trainer than Composer has written it.
+
+    They are those under ``model``, or all if it was saved by itself, as ``torch.distributed.checkpoint.save`` has them.
+    Names in nested dicts are joined by dots.
+
+    Raises:
+        ValueError: If the metadata is damaged, or of another kind.
+    """
+    nest = read_folder(folder)
+    return None if 'state' in nest else dict(_tensors(nest.get('model', nest)))
+
+
+def _tensors(nest: Mapping[Any, Any], prefix: str = '') -> Iterator[tuple[str, LazyTensor]]:
+    for name, value in nest.items():
+        if isinstance(value, LazyTensor):
+            yield f'{prefix}{name}', value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value, f'{prefix}{name}.')
 
 
 def plain(nest: Any) -> Any:

@@ -10,8 +10,9 @@ from typing import Optional, Union
 
 import torch
 
-from composer_bema.formats.composer import AVERAGE, open_checkpoint
+from composer_bema.formats.composer import AVERAGE, MODEL, TRAINING, Checkpoint, open_checkpoint
 from composer_bema.formats.huggingface import new_folder, pretrained_writer, write_weights
+from composer_bema.formats.manifest import write_manifest
 from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE
 from composer_bema.formats.tensors import LazyTensor
 
@@ -64,7 +65,17 @@ def export(
         specs = {n: tensor.spec for n, tensor in cast.items()}
         writer = pretrained_writer(folder, entry, specs, source=str(checkpoint), max_shard_size=max_shard_size)
         write_weights(writer, cast)
+        write_manifest(folder, _holds(opened, weights, average), {'checkpoint': str(checkpoint)})
     return Path(out)
+
+
+def _holds(checkpoint: Checkpoint, weights: str, average: Optional[str]) -> str:
+    if weights == TRAINING:
+        return TRAINING
+    if weights == MODEL:
+        return checkpoint.model_holds
+    name = checkpoint.average_name(average)
+    return name if weights == AVERAGE else f'{name} {weights}'
 
 
 def _dtype(precision: Optional[str], tensor: LazyTensor) -> torch.dtype:

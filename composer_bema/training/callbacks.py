@@ -16,7 +16,9 @@ from composer.utils import create_interval_scheduler, dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from composer_bema.algorithms.weight_averaging import averages_among
 from composer_bema.averaging.parameters import canonical_names
+from composer_bema.formats.composer import TRAINING
 from composer_bema.formats.huggingface import (
     ModelWriter,
     model_without_memory,
@@ -24,6 +26,7 @@ from composer_bema.formats.huggingface import (
     write_adapter,
     write_weights,
 )
+from composer_bema.formats.manifest import write_manifest
 from composer_bema.formats.tensors import LazyTensor
 
 __all__ = ['HuggingFaceCheckpointer']
@@ -75,8 +78,10 @@ class HuggingFaceCheckpointer(Callback):
                 for name, tensor in zip(names, gathered.values(), strict=True)
                 if isinstance(tensor, torch.Tensor)
             }
+            holding = (type(a).__name__ for a in averages_among(state.algorithms) if a.average.swapped)
             with new_folder(folder, replace=True) as unfinished:
                 _write(composer_model, weights, unfinished)
+                write_manifest(unfinished, next(holding, TRAINING), {'step': state.timestamp.batch.value})
         dist.barrier()
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from composer_bema.formats import dcp as dcp_format
-from composer_bema.formats.dcp import plain, read_folder
+from composer_bema.formats.dcp import plain, read_folder, read_model
 from tests.formats.runs import InTwo
 
 
@@ -329,3 +329,18 @@ def test_nothing_is_executed(write, tmp_path):
         with pytest.raises(ValueError, match='it cannot be unpickled'):
             read()
     assert not (tmp_path / 'made').exists()
+
+
+@pytest.mark.parametrize('nest', [lambda state: state, lambda state: {'model': state, 'optimizer': {'step': 3}}])
+def test_models_of_other_trainers(write, nest):
+    state = {'a.b': torch.ones(3), 'c': torch.zeros(2, 2)}
+    tensors = read_model(write(nest(state)))
+    assert tensors is not None
+    assert {name: tensor.read().tolist() for name, tensor in tensors.items()} == {
+        'a.b': [1, 1, 1],
+        'c': [[0, 0], [0, 0]],
+    }
+
+
+def test_a_checkpoint_of_composer_is_left_to_its_reader(write):
+    assert read_model(write({'state': {'model': {'a': torch.ones(3)}}})) is None

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from composer_bema.formats.manifest import read_manifest
 from composer_bema.offline.export import export
 from tests.formats.runs import make_model, saved, saved_in_parts
 
@@ -112,3 +113,20 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match='exists and is not an empty folder'):
         export(saved('training').path, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+@pytest.mark.parametrize(
+    ('weights', 'average', 'holds'),
+    [
+        ('average', 'ema', 'EMA'),
+        ('training', None, 'training'),
+        ('model', None, 'BEMA'),
+        ('theta_0', 'bema', 'BEMA theta_0'),
+    ],
+)
+def test_a_folder_says_whose_weights_it_has(tmp_path, weights, average, holds):
+    path, _ = saved('two averages')
+    export(path, tmp_path / 'out', weights=weights, average=average)
+    manifest = read_manifest(tmp_path / 'out')
+    assert manifest is not None
+    assert (manifest['weights'], manifest['checkpoint']) == (holds, str(path))

@@ -10,6 +10,7 @@ import torch
 from composer import Trainer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from composer_bema.formats.manifest import read_manifest
 from composer_bema.training.callbacks import HuggingFaceCheckpointer
 from tests.distributed import programs
 from tests.distributed.programs import Topology
@@ -39,6 +40,7 @@ def test_adapters(tmp_path):
     trained = model.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
     assert not (tmp_path / 'hf' / 'model.safetensors').exists()
+    assert read_manifest(tmp_path / 'hf')['weights'] == 'training'
 
 
 def test_a_folder_for_every_interval_with_the_models_own_generation_settings(tmp_path):
@@ -67,6 +69,9 @@ def test_sharded_models(tmp_path, wrapper):
         assert torch.equal(tensor, weights['BEMA'][f'model.{name}']), name
     config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
     assert config['architectures'] == ['LlamaForCausalLM']
+    manifest = read_manifest(tmp_path / 'hf')
+    assert manifest is not None
+    assert (manifest['weights'], manifest['step']) == ('BEMA', 4)
 
 
 def test_writing_leaves_the_run_as_it_is(tmp_path):
