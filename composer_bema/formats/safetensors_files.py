@@ -32,7 +32,10 @@ DTYPES = {
     'F16': torch.float16,
     'BF16': torch.bfloat16,
     'F8_E4M3': torch.float8_e4m3fn,
+    'F8_E4M3FNUZ': torch.float8_e4m3fnuz,
     'F8_E5M2': torch.float8_e5m2,
+    'F8_E5M2FNUZ': torch.float8_e5m2fnuz,
+    'C64': torch.complex64,
     'I64': torch.int64,
     'I32': torch.int32,
     'I16': torch.int16,
@@ -105,9 +108,18 @@ class SafetensorsFiles:
             write_json(self._folder / f'{self._stem}.safetensors.index.json', index)
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Writes values into a tensor from the element ``start`` on; threads may do so at the same time."""
+        """Writes values into a tensor from the element ``start`` on; threads may do so at the same time.
+
+        Raises:
+            ValueError: If a number is too large for the tensor's dtype.
+        """
         place, spec = self._places[name], self._specs[name]
-        content = bytes_of(values.to(spec.dtype))
+        rounded = values.to(spec.dtype)
+        if spec.dtype == torch.float16 and _overflows(values, rounded):
+            raise ValueError(
+                f"Values of the tensor '{name}' are too large for {spec.dtype}: write it in another dtype."
+            )
+        content = bytes_of(rounded)
         offset = place.offset + start * spec.dtype.itemsize
         while content:
             written = os.pwrite(self._descriptor(place.file), content, offset)
@@ -135,6 +147,13 @@ class SafetensorsFiles:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(self._folder / file, os.O_WRONLY)
             return self._descriptors[file]
+
+
+def _overflows(values: torch.Tensor, rounded: torch.Tensor) -> bool:
+    # A sum is finite unless a value is not.
+    if rounded.sum(dtype=torch.float32).isfinite():
+        return False
+    return bool((values.isfinite() & ~rounded.isfinite()).any())
 
 
 def bytes_of(values: torch.Tensor) -> memoryview:

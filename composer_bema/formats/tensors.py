@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -13,7 +14,7 @@ import torch
 
 from composer_bema.averaging.digests import add_digests, digest
 
-__all__ = ['LazyTensor', 'TensorSpec', 'piece_memory']
+__all__ = ['LazyTensor', 'TensorSpec', 'main_dtype', 'piece_memory']
 
 # Elements that are compared at a time.
 _COMPARED = 64 * 1024
@@ -113,6 +114,15 @@ class LazyTensor:
                 raise ValueError(complaint)
 
         return LazyTensor(self.shape, self.dtype, read, stream)
+
+
+def main_dtype(specs: Iterable[TensorSpec]) -> Optional[torch.dtype]:
+    """Returns the floating-point dtype that most elements have: a model may keep a few tensors in another one."""
+    elements: Counter[torch.dtype] = Counter()
+    for spec in specs:
+        if spec.dtype.is_floating_point:
+            elements[spec.dtype] += spec.shape.numel()
+    return max(elements, key=lambda dtype: elements[dtype], default=None)
 
 
 def piece_memory(length: int, dtype: torch.dtype, memory: Optional[torch.Tensor]) -> torch.Tensor:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from composer_bema.formats.composer import TRAINING, Checkpoint, open_checkpoint
-from composer_bema.formats.dcp import METADATA
+from composer_bema.formats.completeness import INCOMPLETE, why_incomplete
+from composer_bema.formats.composer import MODEL, TRAINING, Checkpoint, open_checkpoint
+from composer_bema.formats.dcp import METADATA, read_model
 from composer_bema.formats.huggingface import PREFIX
 from composer_bema.formats.manifest import MANIFEST, WEIGHTS, read_manifest
 from composer_bema.formats.pretrained import (
@@ -83,7 +84,7 @@ def find_checkpoints(folder: Union[str, Path]) -> list[Found]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         match = (_FOLDER if entry.is_dir() else _FILE).fullmatch(entry.name)
         path = Path(entry.path)
-        if match is None or _leads_back(path, folder):
+        if match is None or entry.name.endswith(INCOMPLETE) or _leads_back(path, folder):
             continue
         step = int(next(filter(None, match.groups())))
         if step in found:
@@ -112,13 +113,17 @@ def open_sources(found: Iterable[Found], weights: str = TRAINING) -> list[Source
         ValueError: If one is damaged, holds an average, or has other tensors than the last one.
     """
     sources = [_open(checkpoint, weights) for checkpoint in found]
+    for source in sources:
+        _refuse_average(source, weights)
     for source in sources[:-1]:
         _require_same_tensors(source, sources[-1])
     return sources
 
 
 def open_initial_model(name: str, like: Source) -> Source:
-    """Opens the weights before the first step.
+    """Opens the weights before the first step, which may be an average of an earlier run.
+
+    Of a Composer checkpoint it is what the model holds, as in a run that has loaded its weights only.
 
     Args:
         name (str): A folder or a file of one of the formats, or the name of a model on the Hugging Face hub.
@@ -130,7 +135,7 @@ def open_initial_model(name: str, like: Source) -> Source:
     """
     path = Path(name)
     local = path if path.is_file() or path.is_dir() else find_pretrained(name)
-    source = _open(Found(0, local), TRAINING)
+    source = _open(Found(0, local), MODEL)
     tensors = _renamed(source.tensors, like.tensors)
     renamed = Source(0, local, tensors, source.model)
     _require_same_tensors(renamed, like)
@@ -140,34 +145,50 @@ def open_initial_model(name: str, like: Source) -> Source:
 def _open(found: Found, weights: str) -> Source:
     path = found.path
     if path.is_dir() and is_pretrained(path):
-        _refuse_average(path)
         pretrained = open_pretrained(path)
         return Source(found.step, path, pretrained.weights, pretrained)
     if path.suffix == '.safetensors':
         return Source(found.step, path, read_safetensors(path))
     if path.is_dir() and not (path / METADATA).is_file() and not any(path.glob('*.distcp')):
         raise ValueError(f"'{path}' holds no weights: it is neither a Hugging Face folder nor a sharded checkpoint.")
+    if path.is_dir():
+        tensors = _read_sharded(path)
+        if tensors is not None:
+            return Source(found.step, path, tensors)
     checkpoint = open_checkpoint(path)
-    if weights != TRAINING and checkpoint.model_holds != TRAINING:
-        raise ValueError(
-            f"The model in '{path}' holds the {checkpoint.model_holds} weights, and an average of averages is hardly "
-            "what you want: leave the choice of weights at 'training'."
-        )
     return Source(found.step, path, checkpoint.weights(weights), checkpoint)
 
 
-def _refuse_average(folder: Path) -> None:
-    manifest = read_manifest(folder)
+def _read_sharded(folder: Path) -> Optional[dict[str, LazyTensor]]:
+    """Returns the tensors of a sharded checkpoint that another trainer than Composer has written."""
+    problem = why_incomplete(folder)
+    if problem:
+        raise ValueError(f"'{folder}' cannot be read as a checkpoint: {problem}; use another one.")
+    tensors = read_model(folder)
+    if tensors is not None and not tensors:
+        raise ValueError(f"'{folder}' holds no tensors of a model.")
+    return tensors
+
+
+def _refuse_average(source: Source, weights: str) -> None:
+    manifest = read_manifest(source.path)
     if manifest is not None and manifest[WEIGHTS] != TRAINING:
         raise ValueError(
-            f"'{folder}' holds the {manifest[WEIGHTS]} weights, as its {MANIFEST} says, and an average of averages is "
-            'hardly what you want: move it out of the directory.'
+            f"'{source.path}' holds the {manifest[WEIGHTS]} weights, as its {MANIFEST} says, and an average of "
+            'averages is hardly what you want: move it out of the directory.'
+        )
+    if weights == MODEL and isinstance(source.model, Checkpoint) and source.model.model_holds != TRAINING:
+        raise ValueError(
+            f"The model in '{source.path}' holds the {source.model.model_holds} weights, and an average of averages is "
+            "hardly what you want: leave the choice of weights at 'training'."
         )
 
 
 def _renamed(tensors: Mapping[str, LazyTensor], like: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Returns tensors under the names that others of the same model have."""
-    tensors = {PREFIX + n if n not in like and PREFIX + n in like else n: tensor for n, tensor in tensors.items()}
+    with_prefix = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    without_prefix = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    tensors = max(tensors, with_prefix, without_prefix, key=lambda renamed: len(renamed.keys() & like.keys()))
     renamed = {name: tensor for name, tensor in tensors.items() if name in like or not _is_repeated(name, tensors)}
     for name, tensor in like.items():
         if name not in renamed:
@@ -203,7 +224,8 @@ def _require_same_tensors(source: Source, last: Source) -> None:
 
 def _leads_back(path: Path, folder: Path) -> bool:
     """Returns whether it is a link to another entry of the directory, such as Composer's to the latest checkpoint."""
-    return path.is_symlink() and path.resolve().parent == folder.resolve()
+    # Of one step, for the other entry may be a link, too.
+    return path.is_symlink() and (folder / os.readlink(path)).parent.resolve() == folder.resolve()
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from composer_bema.formats.composer_writer import ComposerWriter
 from composer_bema.formats.huggingface import WeightsWriter, pretrained_writer
 from composer_bema.formats.pretrained import Pretrained, copy_companions
 from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE, SafetensorsFiles, write_json
-from composer_bema.formats.tensors import TensorSpec
+from composer_bema.formats.tensors import TensorSpec, main_dtype
 from composer_bema.offline.checkpoints import Source
 
 __all__ = ['Format', 'MemoryWriter', 'weights_writer']
@@ -89,7 +89,7 @@ class _FolderWriter:
         is_adapter = self._like is not None and self._like.stem == _ADAPTER
         stem, size = (_ADAPTER, None) if is_adapter else ('model', max_shard_size)
         self._files = SafetensorsFiles(folder, specs, stem, size)
-        self._dtype = next((spec.dtype for spec in specs.values() if spec.dtype.is_floating_point), None)
+        self._dtype = main_dtype(specs.values())
 
     def create(self) -> None:
         if self._like is not None:

@@ -98,8 +98,7 @@ class Setting:
                 raise ValueError(f"The rule '{self.rule}' needs the setting '{name}'.")
         if self.update_freq is not None:
             require_count('update_freq', self.update_freq)
-        if self.update_after != 0:
-            require_count('update_after', self.update_after)
+        _require_step('update_after', self.update_after)
 
     @property
     def title(self) -> str:
@@ -160,9 +159,16 @@ def _schedule_settings(schedule: Schedule = 'paper', ema_update_after: Optional[
     """
 
 
+def _require_step(name: str, value: object) -> None:
+    """Checks that a setting is the number of a step, of which 0 is that before the first."""
+    if value != 0:
+        require_count(name, value)
+
+
 def _with_reference_schedule(rule: Rule, update_after: int, ema_update_after: Optional[int]) -> Rule:
     assert isinstance(rule, _SCHEDULED)
     since = update_after if ema_update_after is None else ema_update_after
+    _require_step('ema_update_after', since)
     changes = {}
     if isinstance(rule.beta, PowerDecay):
         beta = rule.beta
