@@ -16,7 +16,7 @@ import torch
 import xxhash
 from tqdm import tqdm
 
-from composer_bema.formats.composer import TRAINING
+from composer_bema.formats.composer import MODEL, TRAINING
 from composer_bema.formats.tensors import TensorSpec
 from composer_bema.offline.checkpoints import Source, find_checkpoints, open_initial_model, open_sources
 from composer_bema.offline.plan import Average, plan_averages
@@ -42,7 +42,7 @@ class Trajectory:
 
     Raises:
         FileNotFoundError: If there is no such directory.
-        ValueError: If there are no checkpoints in it, or two of one step.
+        ValueError: If there are no checkpoints in it, two of one step, or no such weights to choose.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class Trajectory:
         weights: str = TRAINING,
         copy: Sequence[str] = (),
     ) -> None:
+        if weights not in (TRAINING, MODEL):
+            raise ValueError(f"weights must be '{TRAINING}' or '{MODEL}', not {weights!r}.")
         self._found = find_checkpoints(checkpoints)
         self._initial_model = initial_model
         self._weights = weights

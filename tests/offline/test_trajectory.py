@@ -258,3 +258,11 @@ def test_the_configuration_names_the_dtype_of_most_of_the_model(tmp_path, dtype,
         'model_type': 'llama',
         'torch_dtype': expected,
     }
+
+
+def test_only_two_kinds_of_weights_are_of_a_trajectory(tmp_path):
+    """An average of averages has to be refused under every name."""
+    save(tmp_path, step2={'a': [1.0]})
+    for weights in ('average', 'ema'):
+        with pytest.raises(ValueError, match=f"weights must be 'training' or 'model', not '{weights}'"):
+            Trajectory(tmp_path, weights=weights)
