@@ -4,9 +4,14 @@
 """The command line: what it prints, and the one sentence that a mistake gets."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from composer_bema.cli import main
 from tests.training.tiny import tiny_settings, write_yaml
@@ -131,3 +136,175 @@ def test_export_of_what_is_no_checkpoint(tmp_path, content):
     assert result.exit_code == 2
     assert result.stderr.count('\n') == 1
     assert f"'{path}'" in result.stderr
+
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory):
+    """Five checkpoints of a few numbers, at the steps 10 to 50."""
+    folder = tmp_path_factory.mktemp('trajectory')
+    for step in range(10, 60, 10):
+        save_file({'weight': torch.full((3,), float(step))}, folder / f'model-{step}.safetensors')
+    return str(folder)
+
+
+def assert_is_one_sentence(result, sentence):
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith('Error: ')
+    assert result.stderr.count('\n') == 1
+    assert sentence in result.stderr
+    assert 'Traceback' not in result.output
+
+
+def test_stabilize_writes(tmp_path, checkpoints):
+    out = tmp_path / 'out'
+    result = run('stabilize', checkpoints, '--rule', 'lawa', '--window', '3', '--out', str(out))
+    assert (result.exit_code, result.stdout) == (0, f"Wrote lawa window=3 to '{out}'.\n"), result.output
+    assert load_file(out / 'model.safetensors')['weight'].tolist() == [40.0] * 3
+    options = ['--window', '2', '--at', '20', '--at', '50', '--dtype', 'float64', '--out', str(tmp_path / 'two')]
+    result = run('stabilize', checkpoints, '--rule', 'lawa', *options)
+    assert result.stdout == f"Wrote lawa window=2 to '{tmp_path}/two/step20', '{tmp_path}/two/step50'.\n"
+    assert load_file(tmp_path / 'two' / 'step20' / 'model.safetensors')['weight'].dtype == torch.float64
+
+
+def test_a_dry_run_prints_coefficients_and_reads_nothing(tmp_path):
+    for step in (10, 20, 30):
+        (tmp_path / f'model-{step}.safetensors').write_text('no tensors')
+    result = run(
+        'stabilize', str(tmp_path), '--rule', 'ema', '--smoothing', '0.75', '--update-after', '10', '--dry-run'
+    )
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()[2:]]
+    assert rows == [['10', '0.562500'], ['20', '0.187500'], ['30', '0.250000']]
+    assert 'ema smoothing=0.75 update_after=10' in result.stdout
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_none_switches_a_power_off(checkpoints):
+    def coefficients(*options):
+        result = run('stabilize', checkpoints, '--rule', 'bema', '--update-after', '10', '--dry-run', *options)
+        assert result.exit_code == 0, result.output
+        return [float(line.split()[1]) for line in result.stdout.splitlines()[2:]]
+
+    # No history is kept, and nothing is added to the last checkpoint.
+    assert coefficients('--ema-power', 'none', '--bias-power', 'NONE') == [0, 0, 0, 0, 1]
+    # An EMA, which halves what it has at each update.
+    halves = coefficients('--half-life', '10', '--bias-power', 'none')
+    assert halves == pytest.approx([1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2])
+    assert coefficients('--half-life', '10') != halves
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (['--rule', 'lawa', '--window', '2', '--lag', '3'], "The rule 'lawa' has no setting 'lag', but window."),
+        (['--rule', 'lawa'], "The rule 'lawa' needs the setting 'window'."),
+        (['--rule', 'law'], "There is no rule 'law', but bema, ema, ouema, dema, lawa, swa_window, decay_merge."),
+        (['--rule', 'bema'], 'name them as the initial model (--initial-model), or start later (--update-after 10).'),
+        (['--rule', 'bema', '--update-after', '50'], 'has no update: no checkpoint'),
+        (['--rule', 'lawa', '--window', '2', '--at', '15'], 'has no update at step 15, but at 10, 20, 30, 40, 50.'),
+        (['--rule', 'lawa', '--window', '2', '--dtype', 'fp8'], 'dtype must be one of float32, bfloat16'),
+        (['--rule', 'lawa', '--window', '2', '--format', 'x'], "format must be one of huggingface, composer, not 'x'."),
+        (['--rule', 'lawa', '--window', '2', '--format', 'composer'], 'is no checkpoint of Composer'),
+        (['--rule', 'lawa', '--window', '2', '--copy', 'bias'], "The pattern 'bias' of what is to be copied fits no"),
+        (['--rule', 'bema', '--initial-model', '/no/where'], "'/no/where' is neither a folder nor a model"),
+        (['--rule', 'lawa', '--window', '2', '--max-shard-size', 'much'], 'much'),
+        (['--rule', 'lawa', '--window', '2', '--out', '/'], "'/' exists and is not an empty folder"),
+    ],
+)
+def test_stabilize_says_what_is_wrong(tmp_path, checkpoints, arguments, sentence):
+    assert_is_one_sentence(run('stabilize', checkpoints, '--out', str(tmp_path / 'out'), *arguments), sentence)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stabilize_of_what_is_not_there(tmp_path):
+    arguments = ['--rule', 'lawa', '--window', '2', '--out', str(tmp_path / 'out')]
+    assert_is_one_sentence(run('stabilize', f'{tmp_path}/nowhere', *arguments), 'No such directory of checkpoints')
+    assert_is_one_sentence(run('stabilize', str(tmp_path), *arguments), 'holds no checkpoints')
+    (tmp_path / 'model-1.safetensors').write_text('no tensors')
+    assert_is_one_sentence(run('stabilize', str(tmp_path), *arguments), 'model-1.safetensors')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (['--rule', 'lawa', '--window', '2'], "Missing option '--out'."),
+        (['--rule', 'ema', '--ema-power', 'high'], "Invalid value for '--ema-power': 'high' is not a valid float."),
+        (['--rule', 'lawa', '--at', '-1'], "Invalid value for '--at'"),
+        (['--window', '2'], "Missing option '--rule'."),
+        (['--rule', 'lawa', '--windw', '2'], "No such option '--windw'"),
+    ],
+)
+def test_wrong_usage(checkpoints, arguments, sentence):
+    result = run('stabilize', checkpoints, *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert 'Traceback' not in result.output
+
+
+def test_weights_of_several_rules_and_their_picture(tmp_path, checkpoints):
+    picture = tmp_path / 'weights.png'
+    rules = ['--rule', 'lawa', '--rule', 'decay_merge', '--rule', 'ema']
+    options = ['--window', '2', '--decay', 'linear', '--update-after', '10', '--out', str(picture)]
+    result = run('weights', checkpoints, *rules, *options)
+    assert result.exit_code == 0, result.output
+    *table, drawn = result.stdout.splitlines()
+    assert 'lawa window=2' in table[0] and 'decay_merge window=2 decay=linear' in table[0]
+    assert [line.split()[:2] for line in table[2:]] == [
+        ['10', '0.000000'],
+        ['20', '0.000000'],
+        ['30', '0.000000'],
+        ['40', '0.500000'],
+        ['50', '0.500000'],
+    ]
+    assert drawn == f"Drew '{picture}'."
+    assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_an_option_that_no_rule_has(checkpoints):
+    result = run('weights', checkpoints, '--rule', 'lawa', '--rule', 'decay_merge', '--window', '2', '--lag', '3')
+    assert_is_one_sentence(result, "The rule 'lawa' has no setting 'lag', but window.")
+
+
+@pytest.fixture
+def grid(tmp_path):
+    path = tmp_path / 'sweep.yaml'
+    path.write_text('averages:\n  rule: lawa\n  window: [2, 3]\nwrite: {}\n')
+    return str(path)
+
+
+def test_sweep(tmp_path, checkpoints, grid):
+    out = tmp_path / 'out'
+    result = run('sweep', checkpoints, '--config', grid, '--out', str(out), 'averages.window=[1, 4]')
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {'lawa,window=1', 'lawa,window=4'}
+    assert load_file(out / 'lawa,window=4' / 'step50' / 'model.safetensors')['weight'].tolist() == [35.0] * 3
+    assert result.stdout.splitlines()[0].split() == ['rule', 'window', 'step', 'folder']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (['averagess=1'], "averagess is not a setting; the nearest one is 'averages'."),
+        (['averages.windw=2'], "averages: The rule 'lawa' has no setting 'windw', but window."),
+        (['write=null'], 'A sweep needs one of two sections'),
+        (['at=[3]'], 'has no update at step 3'),
+        (['--config', 'nothing.yaml'], "No such settings file: 'nothing.yaml'."),
+        (['--out', '/'], "'/' exists and is not an empty folder"),
+    ],
+)
+def test_sweep_says_what_is_wrong(tmp_path, checkpoints, grid, arguments, sentence):
+    result = run('sweep', checkpoints, '--config', grid, '--out', str(tmp_path / 'out'), *arguments)
+    assert_is_one_sentence(result, sentence)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_help_of_the_module_needs_no_torch(tmp_path):
+    """As launchers start it, and in a second."""
+    # A folder first on the path, in which torch is no module that could be imported.
+    (tmp_path / 'torch.py').write_text('raise AssertionError')
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    for arguments in (['--help'], ['stabilize', '--help'], ['sweep', '-h'], ['weights', '-h'], ['--version']):
+        command = [sys.executable, '-m', 'composer_bema', *arguments]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(('Usage: composer-bema', 'composer-bema, version'))

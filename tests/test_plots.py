@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from composer_bema.plots import plot_curves
+from composer_bema.plots import plot_curves, plot_heat_map
 
 
 @pytest.mark.parametrize('curves', [{'ema': [(1, 2.0), (2, 1.5)], 'bema': [(1, 1.9)]}, {'one': []}])
@@ -23,3 +23,38 @@ def test_no_window_system_is_touched(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, 'matplotlib.pyplot', raising=False)
     plot_curves({'a': [(0, 1.0)]}, tmp_path / 'curves.png', 'x', 'y')
     assert 'matplotlib.pyplot' not in sys.modules
+
+
+def test_many_curves_have_a_small_legend(tmp_path):
+    curves = {f'bema ema_power={n / 100} bias_power=0.4': [(1, n), (2, -n)] for n in range(40)}
+    plot_curves(curves, tmp_path / 'curves.png', 'step', 'loss')
+    assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+    'cells',
+    [
+        {(0.2, 0.1): 2.0, (0.2, 0.4): 1.5, (0.5, 0.4): 1.75},
+        {(1, 1): 3.0},
+        {(0, 1): 2.0, (1, 1): 2.0, (2, 1): float('nan')},
+    ],
+    ids=['missing cells', 'a single value', 'one row'],
+)
+def test_cells_become_a_heat_map(tmp_path, cells):
+    path = tmp_path / 'map.png'
+    plot_heat_map(cells, path, 'ema_power', 'bias_power', 'loss')
+    assert path.read_bytes().startswith(b'\x89PNG')
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_heat_map_has_its_numbers_in_their_cells(tmp_path, monkeypatch):
+    """The columns are x and the rows y, upward, and the lowest value is bold."""
+    drawn = []
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    plot_heat_map({(0.5, 2): 1.5, (0.25, 2): 2.0, (0.5, 1): 3.0}, tmp_path / 'map.png', 'x', 'y', 'loss')
+    axes = drawn[0].axes[0]
+    texts = {text.get_position(): (text.get_text(), text.get_fontweight()) for text in axes.texts}
+    assert texts == {(1, 1): ('1.5000', 'bold'), (0, 1): ('2.0000', 'normal'), (1, 0): ('3.0000', 'normal')}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['0.25', '0.5']
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['1', '2']
+    assert axes.images[0].origin == 'lower'

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Optional, Protocol, Union
 import torch
 
 from composer_bema.averaging.parameters import first_names
+from composer_bema.formats.pretrained import read_safetensors
 from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE, SafetensorsFiles, write_json
-from composer_bema.formats.tensors import LazyTensor, TensorSpec
+from composer_bema.formats.tensors import LazyTensor, TensorSpec, main_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -73,14 +74,14 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
         FileExistsError: If it is there and not empty, and is not to be replaced.
     """
     folder = Path(folder)
-    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"'{folder}' exists and is not an empty folder: name another one, or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f'.{folder.name}-unfinished-'
     for abandoned in folder.parent.glob(f'{glob.escape(prefix)}*'):
         with _locked(abandoned) as is_ours:
             if is_ours:
                 _clear_up(abandoned, folder)
+    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"'{folder}' exists and is not an empty folder: name another one, or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary, _locked(Path(temporary)):
         unfinished, replaced = Path(temporary) / _NEW, Path(temporary) / _REPLACED
         unfinished.mkdir()
@@ -91,7 +92,10 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
                 path.chmod(unfinished.stat().st_mode & 0o666)
         if replace and folder.exists():
             folder.rename(replaced)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        finally:
+            _put_back(replaced, folder)
 
 
 @contextlib.contextmanager
@@ -112,9 +116,13 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 def _clear_up(abandoned: Path, folder: Path) -> None:
     """Removes what a killed process has left; the folder that it was about to replace goes back to its place."""
-    if (abandoned / _REPLACED).exists() and not folder.exists():
-        (abandoned / _REPLACED).rename(folder)
+    _put_back(abandoned / _REPLACED, folder)
     shutil.rmtree(abandoned)
+
+
+def _put_back(replaced: Path, folder: Path) -> None:
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
 
 
 class WeightsWriter(Protocol):
@@ -225,7 +233,7 @@ class ModelWriter:
             name = first.get(n, n)
             if name not in kept:
                 kept[name], self._names[n] = spec, name
-        self._dtype = next((spec.dtype for spec in kept.values() if spec.dtype.is_floating_point), torch.float32)
+        self._dtype = main_dtype(kept.values()) or torch.float32
         self._files = SafetensorsFiles(folder, kept, max_shard_size=max_shard_size)
 
     def create(self) -> None:
@@ -251,27 +259,31 @@ class ModelWriter:
 
 
 class _AdapterWriter:
-    """Collects the weights of an adapter, which are few, for PEFT to write."""
+    """Collects the weights of an adapter in a file, for PEFT to write them."""
 
     def __init__(self, folder: Path, model: Any, specs: Mapping[str, TensorSpec]) -> None:
         self._folder = folder
         self._model = model
         trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
-        self._weights = {n: torch.empty(spec.shape, dtype=spec.dtype) for n, spec in specs.items() if n in trained}
+        self._specs = {n: spec for n, spec in specs.items() if n in trained}
+        self._scratch = folder / 'weights.safetensors'
+        self._files = SafetensorsFiles(folder, self._specs, self._scratch.stem, max_shard_size=None)
 
     def create(self) -> None:
-        pass
+        self._files.create()
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        if name in self._weights:
-            self._weights[name].view(-1)[start : start + values.numel()] = values
+        if name in self._specs:
+            self._files.write(name, start, values)
 
     def finish(self) -> None:
+        weights = {n: tensor.read() for n, tensor in read_safetensors(self._scratch).items()}
         # Left to decide on embeddings by itself, PEFT would look for the base model on the hub.
-        write_adapter(self._folder, self._model, self._weights, save_embedding_layers=False)
+        write_adapter(self._folder, self._model, weights, save_embedding_layers=False)
+        self._scratch.unlink()
 
     def close(self) -> None:
-        pass
+        self._files.close()
 
 
 class _PretrainedWriter:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -25,11 +26,12 @@ def joined() -> Iterator[None]:
         return
     dist.init_process_group('gloo')
     try:
-        yield
-        # One that leaves while another still connects would break it.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+        with all_succeed():
+            yield
+    except Exception:
+        _part()
+        raise
+    _part()
 
 
 def is_first_rank() -> bool:
@@ -55,40 +57,55 @@ def share_out(items: Sequence[T], sizes: Sequence[int]) -> list[T]:
 def all_succeed() -> Iterator[None]:
     """Waits for all ranks at the end of the block, and raises on each of them if it failed on one.
 
+    A failure is told once. The others hear of it where they wait next, be it in the block or at its end.
+
     Raises:
         ValueError: What went wrong on another rank.
     """
     try:
         yield
     except Exception as error:
-        _messages(f'{error}')
+        if not hasattr(error, _IS_TOLD):
+            _exchange(None, f'{error}')
+            setattr(error, _IS_TOLD, True)
         raise
-    failed = [message for message in _messages(None) if message is not None]
-    if failed:
-        raise ValueError(failed[0])
+    _exchange(None)
 
 
 def from_first_rank(value: T) -> T:
     """Returns the first rank's value on all."""
-    if not dist.is_initialized():
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared)
-    return shared[0]
+    return _exchange(value)[0]
 
 
 def union(part: dict[Any, Any]) -> dict[Any, Any]:
     """Returns the items of all ranks' dicts."""
-    if not dist.is_initialized():
-        return part
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return {key: value for found in parts for key, value in found.items()}
+    return {key: value for found in _exchange(part) for key, value in found.items()}
 
 
-def _messages(message: str | None) -> list[str | None]:
+# Marks an error that all ranks know of.
+_IS_TOLD = '_is_told'
+
+# Seconds.
+_PATIENCE = 0.1
+
+
+def _part() -> None:
+    dist.barrier()
+    # gloo's threads want Python's lock to let go of their last tensors, and destroying would hold the lock and wait for
+    # them: let them have it before.
+    time.sleep(_PATIENCE)
+    dist.destroy_process_group()
+
+
+def _exchange(value: T, failure: str | None = None) -> list[T]:
+    """Returns all ranks' values; ranks talk in no other way, so that a failure is heard whatever one waits for."""
     if not dist.is_initialized():
-        return [message]
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    return messages
+        return [value]
+    received: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(received, (value, failure))
+    failures = [other for _, other in received if other is not None]
+    if failures and failure is None:
+        error = ValueError(failures[0])
+        setattr(error, _IS_TOLD, True)
+        raise error
+    return [other for other, _ in received]

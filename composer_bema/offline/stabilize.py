@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional, Union, get_args
 
 import torch
 
@@ -79,8 +79,9 @@ def stabilize(
         >>> stabilize('checkpoints', 'bema', setting, initial_model='base')
         >>> model = AutoModelForCausalLM.from_pretrained('bema')
     """
-    trajectory = Trajectory(checkpoints, initial_model=initial_model, weights=weights, copy=copy)
-    averages = trajectory.plan(setting, at)
+    with all_succeed():
+        trajectory = Trajectory(checkpoints, initial_model=initial_model, weights=weights, copy=copy)
+        averages = trajectory.plan(setting, at)
     names = {f'step{average.step}' if len(averages) > 1 else '.': average for average in averages}
     return write_averages(
         trajectory,
@@ -111,14 +112,16 @@ def write_averages(
 
     The other arguments, and the errors, are those of :func:`stabilize`.
     """
+    if format not in (None, *get_args(Format)):
+        raise ValueError(f'format must be one of {", ".join(get_args(Format))}, not {format!r}.')
     if dtype not in (None, *DTYPES):
         raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, not {dtype!r}.')
     threads = max(1, torch.get_num_threads())
-    with contextlib.ExitStack() as stack:
-        with all_succeed():
-            # The first rank makes the folder, and removes it if anything fails.
-            made = stack.enter_context(new_folder(out)) if is_first_rank() else None
-        root = from_first_rank(made)
+    with all_succeed(), contextlib.ExitStack() as stack:
+        # The first rank makes the folder, and removes it if anything fails.
+        made = stack.enter_context(new_folder(out)) if is_first_rank() else None
+        # A directory that a run is still writing to may have looked different to each of them.
+        root, trajectory, averages = from_first_rank((made, trajectory, averages))
         assert root is not None
         with all_succeed():
             reading = trajectory.open(list(averages.values()))

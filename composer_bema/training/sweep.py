@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from composer.core import Precision
 from composer.models import HuggingFaceModel
 from composer.trainer import Trainer
+from composer.utils import dist
 from tabulate import tabulate
 
 from composer_bema.averaging.parameters import first_names
@@ -33,6 +34,8 @@ from composer_bema.training.registry import build, check_arguments, find_builder
 from composer_bema.training.tokenizers import build_tokenizer, check_tokenizer
 
 __all__ = ['EvaluateConfig', 'SweepConfig', 'WriteConfig', 'run_sweep']
+
+T = TypeVar('T')
 
 TABLE_FILE = 'results.csv'
 LINES_FILE = 'results.jsonl'
@@ -101,14 +104,23 @@ def run_sweep(checkpoints: str | Path, config_file: str | Path, out: str | Path,
     trajectory = Trajectory(checkpoints, initial_model=config.initial_model, weights=config.weights, copy=config.copy)
     averages = [average for setting in settings for average in trajectory.plan(setting, config.at)]
     if config.write is not None:
-        return _write(trajectory, averages, out, check_top_level(config.write or {}, WriteConfig, 'write'))
-    evaluation = check_top_level(config.evaluate, EvaluateConfig, 'evaluate')
+        return _write(trajectory, averages, out, _section(config.write, WriteConfig, 'write'))
+    if dist.get_world_size() > 1:
+        # Each would have its share of the averages only.
+        raise ConfigError(f'evaluate takes one process, not {dist.get_world_size()}: start it without torchrun.')
+    evaluation = _section(config.evaluate, EvaluateConfig, 'evaluate')
     _check_evaluation(evaluation)
     with new_folder(out) as folder:
         with _evaluator(evaluation) as evaluate:
             dtype = None if evaluation.dtype is None else getattr(torch, evaluation.dtype)
             results = evaluate_averages(trajectory, averages, evaluate, dtype=dtype, show_progress=True)
         return _report(results, folder, Path(out))
+
+
+def _section(content: Any, record: type[T], path: str) -> T:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f'{path} must hold `key: value` pairs, not {content!r}.')
+    return check_top_level(content, record, path)
 
 
 def _settings(grids: Any) -> list[Setting]:
@@ -138,7 +150,10 @@ def _check_evaluation(config: EvaluateConfig) -> None:
     check_tokenizer(config.tokenizer)
     name, arguments = split_name(config.model, 'model')
     check_arguments(find_builder('model', name, 'model.name'), arguments, 'model', ['tokenizer'])
-    for path, section in eval_sections(config.eval_loader).values():
+    sections = eval_sections(config.eval_loader)
+    if not sections:
+        raise ConfigError('evaluate.eval_loader names no loader.')
+    for path, section in sections.values():
         check_loader(section, path, config.max_seq_len)
     if config.dtype not in (None, 'float32', 'bfloat16', 'float16'):
         raise ConfigError(f'evaluate.dtype must be float32, bfloat16 or float16, not {config.dtype!r}.')
@@ -177,7 +192,7 @@ def _evaluator(config: EvaluateConfig) -> Iterator[Evaluate]:
 def _load(model: HuggingFaceModel, weights: Mapping[str, torch.Tensor]) -> None:
     """Puts weights of a checkpoint, of Composer's or in a Hugging Face folder, into a model."""
     state, first = model.state_dict(), first_names(model)
-    named = {name if name in state else PREFIX + name: tensor for name, tensor in weights.items()}
+    named = {PREFIX + n if n not in state and PREFIX + n in state else n: tensor for n, tensor in weights.items()}
     # A Hugging Face folder has a tied parameter once.
     missing = next((name for name in state if name not in named and first.get(name, name) not in named), None)
     unexpected = next((name for name in named if name not in state), None)

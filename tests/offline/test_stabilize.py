@@ -5,6 +5,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from composer import Trainer
@@ -12,8 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer_bema.formats.composer import open_checkpoint
+from composer_bema.formats.huggingface import write_adapter
+from composer_bema.offline.export import export
 from composer_bema.offline.settings import Setting
 from composer_bema.offline.stabilize import stabilize
+from composer_bema.offline.trajectory import Trajectory
 from tests.distributed import programs
 from tests.formats.runs import make_model
 from tests.offline.runs import (
@@ -34,6 +38,8 @@ ONLINE = {
     'ema': Setting('ema', {'smoothing': 0.6}),
 }
 BEMA = ONLINE['average']
+# The model before the first step has no adapter.
+ADAPTERS = Setting('bema', update_freq=2, update_after=2)
 LAST = 'ep2-ba12-rank0.pt'
 
 
@@ -114,3 +120,153 @@ def test_the_manifest_says_how_it_was_made(tmp_path):
     assert sum(checkpoint['coefficient'] for checkpoint in manifest['checkpoints']) == pytest.approx(1)
     assert manifest['checkpoints'][-1]['bytes'] == (source.checkpoints / LAST).stat().st_size
     assert len({checkpoint['xxh3_64'] for checkpoint in manifest['checkpoints']}) == 7
+
+
+@pytest.mark.parametrize('dtype', [None, 'float32'])
+def test_bf16_is_rounded_once(tmp_path, dtype):
+    """The arithmetic is fp32's, so that what is written is as near to the exact average as its dtype allows."""
+    source = run('bf16')
+    (average,) = Trajectory(source.checkpoints, initial_model=source.initial_model).plan(BEMA)
+    stabilize(source.checkpoints, tmp_path / 'out', BEMA, initial_model=source.initial_model, dtype=dtype)
+    written = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['torch_dtype'] == (dtype or 'bfloat16')
+    for name, tensor in written.items():
+        assert tensor.dtype == (torch.float32 if dtype else torch.bfloat16)
+        trajectory = [source.weights[step]['training'][f'model.{name}'] for step in (0, *STEPS)]
+        exact = sum(c * weights.double() for c, weights in zip(average.coefficients, trajectory, strict=True))
+        # Half of the last bit: eight bits of bf16's, beside which fp32's rounding is small.
+        half_ulp = torch.exp2(torch.frexp(exact).exponent.double() - 9)
+        allowed = 1e-6 * exact.abs().max() + (0 if dtype else half_ulp)
+        assert ((tensor.double() - exact).abs() <= allowed).all(), name
+
+
+def test_frozen_weights_come_out_as_they_went_in(tmp_path):
+    source = run('bf16')
+    stabilize(source.checkpoints, tmp_path / 'out', BEMA, initial_model=source.initial_model)
+    written = load_file(tmp_path / 'out' / 'model.safetensors')
+    frozen = {name: tensor for name, tensor in written.items() if name.startswith('model.layers.0.')}
+    assert frozen
+    assert all(torch.equal(tensor, source.weights[0]['training'][f'model.{n}']) for n, tensor in frozen.items())
+
+
+def adapter_average(source):
+    """The average of an adapter's weights from step 2 on, by the names that they have in Composer's checkpoints."""
+    (average,) = Trajectory(source.checkpoints).plan(ADAPTERS)
+    weights = [source.weights[step]['training'] for step in STEPS]
+    return {
+        name: sum(c * w[name].double() for c, w in zip(average.coefficients, weights, strict=True)).float()
+        for name in weights[0]
+        if 'lora_' in name
+    }
+
+
+def assert_holds_adapter(folder, source):
+    base = AutoModelForCausalLM.from_pretrained(source.initial_model)
+    model = peft.PeftModel.from_pretrained(base, folder)
+    state = {f'model.{name}': tensor for name, tensor in model.state_dict().items() if 'lora_' in name}
+    expected = adapter_average(source)
+    assert set(state) == set(expected)
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+    assert not (folder / 'model.safetensors').exists()
+
+
+def test_adapters_of_composer_become_an_adapter(tmp_path):
+    source = run('lora')
+    stabilize(source.checkpoints, tmp_path / 'out', ADAPTERS)
+    assert_holds_adapter(tmp_path / 'out', source)
+
+
+def test_folders_of_adapters_become_an_adapter(tmp_path):
+    source = run('lora')
+    model = make_model(lora=True)
+    for step in STEPS:
+        weights = {name.removeprefix('model.'): tensor for name, tensor in source.weights[step]['training'].items()}
+        write_adapter(tmp_path / 'in' / f'checkpoint-{step}', model.model, weights)
+    stabilize(tmp_path / 'in', tmp_path / 'out', ADAPTERS, max_shard_size='1KB')
+    assert {path.name for path in (tmp_path / 'out').glob('adapter*')} == {
+        'adapter_config.json',
+        'adapter_model.safetensors',
+    }
+    assert_holds_adapter(tmp_path / 'out', source)
+
+
+@pytest.mark.parametrize('how', [as_huggingface, None])
+def test_large_models_are_written_in_shards(tmp_path, how):
+    source = run('average')
+    checkpoints = how(source, tmp_path / 'in') if how else source.checkpoints
+    stabilize(checkpoints, tmp_path / 'out', BEMA, initial_model=source.initial_model, max_shard_size='8KB')
+    files = list((tmp_path / 'out').glob('*.safetensors'))
+    assert len(files) > 1
+    index = json.loads((tmp_path / 'out' / 'model.safetensors.index.json').read_text())
+    assert set(index['weight_map'].values()) == {file.name for file in files}
+    assert_holds(tmp_path / 'out', source.weights[12]['BEMA'])
+
+
+def test_what_belongs_to_the_model_travels_along(tmp_path):
+    """From the checkpoint of the average's step; what belongs to the run stays where it is."""
+    source = run('average')
+    as_huggingface(source, tmp_path / 'in')
+    belongs = {
+        'chat_template.jinja': '{{ messages }}',
+        'generation_config.json': '{"max_new_tokens": 7}',
+        'modeling_own.py': 'x = 1',
+    }
+    for step in STEPS:
+        folder = tmp_path / 'in' / f'checkpoint-{step}'
+        for name, text in belongs.items():
+            (folder / name).write_text(text if step == 12 else '')
+        for name in ('scheduler.pt', 'rng_state.pth', 'training_args.bin'):
+            (folder / name).touch()
+    stabilize(tmp_path / 'in', tmp_path / 'out', BEMA, initial_model=source.initial_model)
+    written = {path.name for path in (tmp_path / 'out').iterdir()}
+    assert written == {
+        *belongs,
+        *(path.name for path in (tmp_path / 'in' / 'checkpoint-12').glob('*token*')),
+        'config.json',
+        'model.safetensors',
+        'averaging.json',
+    }
+    assert all((tmp_path / 'out' / name).read_text() == text for name, text in belongs.items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / 'out').generation_config.max_new_tokens == 7
+    assert AutoTokenizer.from_pretrained(tmp_path / 'out').chat_template == '{{ messages }}'
+
+
+def test_some_tensors_are_copied(tmp_path):
+    source = run('average')
+    copy = ['*.norm.weight', 'model.model.layers.0.*']
+    stabilize(source.checkpoints, tmp_path / 'out', BEMA, initial_model=source.initial_model, copy=copy)
+    expected = source.weights[12]
+    copied = {name for name in expected['BEMA'] if name.startswith('model.model.layers.0.') or '.norm.' in name}
+    assert_holds(tmp_path / 'out', {n: expected['training' if n in copied else 'BEMA'][n] for n in expected['BEMA']})
+    assert json.loads((tmp_path / 'out' / 'averaging.json').read_text())['copied'] == sorted(copied)
+    with pytest.raises(ValueError, match=r"The pattern 'norm' of what is to be copied fits no tensor of '.*ep2-ba12"):
+        stabilize(source.checkpoints, tmp_path / 'none', BEMA, initial_model=source.initial_model, copy=['norm'])
+
+
+def test_exports_of_training_weights_are_averaged_and_averages_are_not(tmp_path):
+    source = run('average')
+    for step in STEPS:
+        (checkpoint,) = source.checkpoints.glob(f'ep*-ba{step}-rank0.pt')
+        for weights in ('training', 'average'):
+            export(checkpoint, tmp_path / weights / f'step{step}', weights=weights)
+    stabilize(tmp_path / 'training', tmp_path / 'out', BEMA, initial_model=source.initial_model)
+    assert_holds(tmp_path / 'out', source.weights[12]['BEMA'])
+    with pytest.raises(ValueError, match=r"step2' holds the BEMA weights, as its averaging\.json says"):
+        stabilize(tmp_path / 'average', tmp_path / 'twice', BEMA, initial_model=source.initial_model)
+    assert not (tmp_path / 'twice').exists()
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'dtype': 'fp8'}, "dtype must be one of float32, bfloat16, float16, float64, not 'fp8'"),
+        ({'at': [5]}, 'has no update at step 5, but at 4, 6, 8, 10, 12'),
+        ({'max_shard_size': 'much'}, 'much'),
+        ({'weights': 'model'}, 'holds the BEMA weights, and an average of averages is hardly what you want'),
+    ],
+)
+def test_what_is_wrong_leaves_nothing(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        stabilize(run('average').checkpoints, tmp_path / 'out', ADAPTERS, **kwargs)
+    assert not list(tmp_path.iterdir())
