@@ -15,6 +15,7 @@ import click
 from composer_bema.version import __version__
 
 if TYPE_CHECKING:
+    from composer_bema.offline.plan import Average
     from composer_bema.offline.settings import Setting
 
 __all__ = ['main']
@@ -192,10 +193,12 @@ def stabilize(
     """
     from composer_bema.offline.ranks import is_first_rank, joined
     from composer_bema.offline.stabilize import stabilize as write_average
+    from composer_bema.offline.trajectory import Trajectory
 
     setting = _setting(rule, options)
     if dry_run:
-        click.echo(_weights_table(checkpoints, [setting], at, initial_model))
+        trajectory = Trajectory(checkpoints, initial_model=initial_model)
+        click.echo(_weights_table(trajectory.plan(setting, at), trajectory.steps))
         return
     if out is None:
         raise click.UsageError("Missing option '--out'.")
@@ -254,11 +257,10 @@ def weights(
     from composer_bema.offline.trajectory import Trajectory
     from composer_bema.plots import plot_curves
 
-    settings = [_setting(rule, options, rules) for rule in rules]
-    click.echo(_weights_table(checkpoints, settings, at, initial_model))
+    trajectory = Trajectory(checkpoints, initial_model=initial_model)
+    averages = [average for rule in rules for average in trajectory.plan(_setting(rule, options, rules), at)]
+    click.echo(_weights_table(averages, trajectory.steps))
     if out is not None:
-        trajectory = Trajectory(checkpoints, initial_model=initial_model)
-        averages = [average for setting in settings for average in trajectory.plan(setting, at)]
         plot_curves(weight_curves(averages, trajectory.steps), out, 'step of the checkpoint', 'weight in the average')
         click.echo(f"Drew '{out}'.")
 
@@ -274,15 +276,12 @@ def _setting(rule: str, options: dict[str, Any], rules: Sequence[str] = ()) -> S
     return Setting(rule, taken, **steps)
 
 
-def _weights_table(checkpoints: str, settings: Sequence[Setting], at: Sequence[int], initial_model: str | None) -> str:
+def _weights_table(averages: Sequence[Average], steps: Sequence[int]) -> str:
     from tabulate import tabulate
 
     from composer_bema.offline.plan import weight_table
-    from composer_bema.offline.trajectory import Trajectory
 
-    trajectory = Trajectory(checkpoints, initial_model=initial_model)
-    averages = [average for setting in settings for average in trajectory.plan(setting, at)]
-    return tabulate(weight_table(averages, trajectory.steps), headers='keys', floatfmt='.6f')
+    return tabulate(weight_table(averages, steps), headers='keys', floatfmt='.6f')
 
 
 def _show_log(level: str | None, is_first_rank: bool = True) -> None:

@@ -25,16 +25,15 @@ class ComposerWriter:
     """Writes a monolithic checkpoint with other weights than the one that it is like, and without an optimizer.
 
     Args:
-        folder (Path): Where it is written, under the name that Composer gives a checkpoint of these steps.
+        folder (Path): Where it is written, under the name of the checkpoint that it is like.
         like (Checkpoint): The checkpoint whose timestamp and configuration it has.
         specs (Mapping[str, TensorSpec]): The weights by the names of its model.
         model_holds (str): The class of the average that the weights are.
     """
 
     def __init__(self, folder: Path, like: Checkpoint, specs: Mapping[str, TensorSpec], model_holds: str) -> None:
-        timestamp = like.timestamp or {}
-        counters = timestamp.get('Timestamp', {})
-        self._path = folder / f'ep{counters.get("epoch", 0)}-ba{counters.get("batch", 0)}-rank0.pt'
+        # As the checkpoint is called, which may be compressed, or a folder of shards.
+        self._path = folder / f'{like.path.name.partition("-rank0.pt")[0]}-rank0.pt'
         self._like = like
         self._model_holds = model_holds
         self._names = list(specs)

@@ -26,6 +26,9 @@ __all__ = ['METADATA', 'LazyValue', 'plain', 'read_folder', 'read_model', 'store
 
 METADATA = '.metadata'
 
+# What trainers call their model's state.
+_MODELS = ('model', 'model_state_dict', 'state_dict')
+
 
 @dataclass(frozen=True)
 class LazyValue:
@@ -87,16 +90,21 @@ def read_folder(folder: Path) -> dict[Any, Any]:
 
 
 def read_model(folder: Path) -> Optional[dict[str, LazyTensor]]:
-    """Returns the tensors that a folder has of a model, if another trainer than Composer has written it.
+    """Returns the tensors that a folder has of a model, or None if Composer has written it.
 
-    They are those under ``model``, or all if it was saved by itself, as ``torch.distributed.checkpoint.save`` has them.
+    They are those under ``model``, ``model_state_dict`` or ``state_dict``, or all if nothing but tensors was saved.
     Names in nested dicts are joined by dots.
 
     Raises:
-        ValueError: If the metadata is damaged, or of another kind.
+        ValueError: If the metadata is damaged, or of another kind, or it is not said what is the model's.
     """
     nest = read_folder(folder)
-    return None if 'state' in nest else dict(_tensors(nest.get('model', nest)))
+    if 'state' in nest:
+        return None
+    models = [nest[name] for name in _MODELS if isinstance(nest.get(name), Mapping)]
+    if not models and not all(isinstance(value, LazyTensor) for value in nest.values()):
+        raise ValueError(f'it holds {", ".join(map(str, nest))}, and no {" or ".join(_MODELS)}')
+    return dict(_tensors(models[0] if models else nest))
 
 
 def _tensors(nest: Mapping[Any, Any], prefix: str = '') -> Iterator[tuple[str, LazyTensor]]:

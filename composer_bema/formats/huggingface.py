@@ -71,9 +71,10 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
         replace (bool): Whether a folder that is there already is replaced. Default: ``False``.
 
     Raises:
-        FileExistsError: If it is there and not empty, and is not to be replaced.
+        FileExistsError: If it is there and not empty, and is not to be replaced; or is mounted or in use.
     """
-    folder = Path(folder)
+    # Where a link leads to.
+    folder = Path(folder).resolve()
     prefix = f'.{folder.name}-unfinished-'
     for abandoned in folder.parent.glob(f'{glob.escape(prefix)}*'):
         with _locked(abandoned) as is_ours:
@@ -81,6 +82,8 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
                 _clear_up(abandoned, folder)
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"'{folder}' exists and is not an empty folder: name another one, or remove it.")
+    if folder.is_mount() or folder == Path.cwd():
+        raise FileExistsError(f"'{folder}' cannot be made anew, since it is mounted or in use: name a folder in it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary, _locked(Path(temporary)):
         unfinished, replaced = Path(temporary) / _NEW, Path(temporary) / _REPLACED

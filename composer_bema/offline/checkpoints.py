@@ -31,7 +31,7 @@ __all__ = ['Found', 'Source', 'find_checkpoints', 'open_initial_model', 'open_so
 # The names that transformers, GPT-NeoX, llm-foundry and Composer give the checkpoints of a run.
 _FOLDER = re.compile(r'(?:checkpoint-|step[-_]?|(?:ep\d+-)?ba)(?P<step>\d+)')
 _FILE = re.compile(
-    r'ep\d+-ba(?P<batch>\d+)-rank0\.pt(?:\.[a-z0-9]+)*|(?!.*-\d+-of-\d+\.).*[-_](?P<step>\d+)\.safetensors'
+    r'ep\d+-ba(?P<batch>\d+)-rank0\.pt(?:\.(?:bz2|gz|lz4|lzma|lzo|tar|tgz|xz|zst))*|(?!.*-\d+-of-\d+\.).*[-_](?P<step>\d+)\.safetensors'
 )
 
 
@@ -161,10 +161,13 @@ def _open(found: Found, weights: str) -> Source:
 
 def _read_sharded(folder: Path) -> Optional[dict[str, LazyTensor]]:
     """Returns the tensors of a sharded checkpoint that another trainer than Composer has written."""
-    problem = why_incomplete(folder)
+    try:
+        problem = why_incomplete(folder)
+        tensors = None if problem else read_model(folder)
+    except ValueError as error:
+        problem, tensors = str(error), None
     if problem:
         raise ValueError(f"'{folder}' cannot be read as a checkpoint: {problem}; use another one.")
-    tensors = read_model(folder)
     if tensors is not None and not tensors:
         raise ValueError(f"'{folder}' holds no tensors of a model.")
     return tensors
@@ -196,7 +199,8 @@ def _renamed(tensors: Mapping[str, LazyTensor], like: Mapping[str, LazyTensor]) 
             first = next((n for n in renamed if n in like and like[n].equals(tensor)), None)
             if first is not None:
                 renamed[name] = renamed[first]
-    return renamed
+    # In the run's own precision, with which it started.
+    return {name: tensor.to(like[name].dtype) if name in like else tensor for name, tensor in renamed.items()}
 
 
 def _is_repeated(name: str, tensors: Mapping[str, LazyTensor]) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from composer_bema.averaging.coefficients import fold
 from composer_bema.averaging.rules import Rule
-from composer_bema.averaging.windows import Window
+from composer_bema.averaging.windows import SWAWindow, Window
 from composer_bema.offline.settings import Setting
 
 __all__ = ['Average', 'plan_averages', 'weight_curves', 'weight_table']
@@ -56,10 +56,11 @@ def plan_averages(setting: Setting, steps: Sequence[int], at: Sequence[int] = ()
     """
     updates = _updates(setting, steps)
     rule = setting.build(setting.update_freq or _spacing([setting.update_after, *updates]))
+    _look_for_gaps(setting, rule, updates)
     parameters = fold(rule, setting.update_after, updates)
     statistics = fold(rule.statistics, setting.update_after, updates)
     averages = []
-    for step in at or updates[-1:]:
+    for step in dict.fromkeys(at) or updates[-1:]:
         if step not in updates:
             raise ValueError(f'{setting} has no update at step {step}, but at {_listed(updates)}.')
         index = updates.index(step)
@@ -98,11 +99,19 @@ def _updates(setting: Setting, steps: Sequence[int]) -> list[int]:
         raise ValueError(
             f'{setting} has no update: no checkpoint, of those of the steps {_listed(steps)}, is {wanted}.'
         )
-    if phi is not None:
-        missing = sorted({*range(tau + phi, updates[-1], phi)} - {*updates})
-        if missing:
-            log.warning('%s: there are no checkpoints of the steps %s; it goes on without.', setting, _listed(missing))
     return updates
+
+
+def _look_for_gaps(setting: Setting, rule: Rule, updates: Sequence[int]) -> None:
+    phi = setting.update_freq
+    missing = sorted({*range(setting.update_after + phi, updates[-1], phi)} - {*updates}) if phi else []
+    if missing and isinstance(rule, SWAWindow):
+        raise ValueError(
+            f'{setting} counts steps, and there are no checkpoints of the steps {_listed(missing)}: start after them, '
+            'or take lawa, which counts checkpoints.'
+        )
+    if missing:
+        log.warning('%s: there are no checkpoints of the steps %s; it goes on without.', setting, _listed(missing))
 
 
 def _spacing(steps: Sequence[int]) -> Optional[int]:
@@ -113,7 +122,10 @@ def _spacing(steps: Sequence[int]) -> Optional[int]:
 
 
 def _warn_of_part(setting: Setting, rule: Rule, step: int, count: int) -> None:
-    if isinstance(rule, Window) and count < rule.size:
+    wanted = rule.size if isinstance(rule, Window) else 0
+    if isinstance(rule, SWAWindow):
+        wanted = rule.updates * rule.periods
+    if count < wanted:
         log.warning('%s at step %d: its window is not full, and holds %d checkpoints.', setting, step, count)
 
 

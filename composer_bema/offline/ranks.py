@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -17,6 +19,14 @@ __all__ = ['all_succeed', 'from_first_rank', 'is_first_rank', 'joined', 'share_o
 
 T = TypeVar('T')
 
+log = logging.getLogger(__name__)
+
+# Marks an error that all ranks know of.
+_IS_TOLD = '_is_told'
+
+# Seconds.
+_PATIENCE = 0.1
+
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
@@ -24,7 +34,8 @@ def joined() -> Iterator[None]:
     if int(os.environ.get('WORLD_SIZE', '1')) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group('gloo')
+    # The others wait for the slowest, and for the first rank while it completes what all have written.
+    dist.init_process_group('gloo', timeout=timedelta(days=1))
     try:
         with all_succeed():
             yield
@@ -66,6 +77,9 @@ def all_succeed() -> Iterator[None]:
         yield
     except Exception as error:
         if not hasattr(error, _IS_TOLD):
+            if dist.is_initialized():
+                # Before the others have come so far as to hear of it.
+                log.error('Rank %d: %s', dist.get_rank(), error)
             _exchange(None, f'{error}')
             setattr(error, _IS_TOLD, True)
         raise
@@ -80,13 +94,6 @@ def from_first_rank(value: T) -> T:
 def union(part: dict[Any, Any]) -> dict[Any, Any]:
     """Returns the items of all ranks' dicts."""
     return {key: value for found in _exchange(part) for key, value in found.items()}
-
-
-# Marks an error that all ranks know of.
-_IS_TOLD = '_is_told'
-
-# Seconds.
-_PATIENCE = 0.1
 
 
 def _part() -> None:

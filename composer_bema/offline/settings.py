@@ -103,6 +103,8 @@ class Setting:
     @property
     def title(self) -> str:
         """What the average is called, as a class of it would be."""
+        if 'bias_power' in self.options and self.options['bias_power'] is None:
+            return 'EMA'
         return _TITLES.get(self.rule, self.rule.upper())
 
     def __str__(self) -> str:

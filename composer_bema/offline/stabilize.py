@@ -27,7 +27,7 @@ __all__ = ['stabilize', 'write_averages']
 
 log = logging.getLogger(__name__)
 
-DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+_DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
 
 def stabilize(
@@ -114,8 +114,8 @@ def write_averages(
     """
     if format not in (None, *get_args(Format)):
         raise ValueError(f'format must be one of {", ".join(get_args(Format))}, not {format!r}.')
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, not {dtype!r}.')
+    if dtype not in (None, *_DTYPES):
+        raise ValueError(f'dtype must be one of {", ".join(_DTYPES)}, not {dtype!r}.')
     threads = max(1, torch.get_num_threads())
     with all_succeed(), contextlib.ExitStack() as stack:
         # The first rank makes the folder, and removes it if anything fails.
@@ -137,6 +137,9 @@ def write_averages(
                     writer.create()
         with all_succeed():
             reading.compute(writers, threads, show_progress)
+            for writer in writers:
+                # Closed files are what the first rank sees of them on a network's file system.
+                writer.close()
         with all_succeed():
             if is_first_rank():
                 for folder, writer, average in zip(folders.values(), writers, averages.values(), strict=True):

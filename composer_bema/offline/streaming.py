@@ -90,7 +90,8 @@ def stream_averages(
     """
     # The largest first, so that no thread is left with one at the end.
     waiting = iter(sorted(jobs, key=lambda job: -job.nbytes))
-    shared = _Shared(sinks, waiting, on_read)
+    num_checkpoints = max((len(job.tensors) for job in jobs), default=0)
+    shared = _Shared(sinks, waiting, on_read, _piece(_rows(num_checkpoints, len(sinks))))
     one_each = {'initializer': torch.set_num_threads, 'initargs': (1,)}
     with _restored_threads(), ThreadPoolExecutor(threads, **one_each) as pool:
         done = [pool.submit(shared.work) for _ in range(threads)]
@@ -103,7 +104,7 @@ def stream_averages(
 
 
 def scratch_bytes(num_checkpoints: int, num_averages: int, threads: int) -> int:
-    """Returns the memory that computing takes, whatever the size of the model."""
+    """Returns the memory that computing takes, whatever the size of the model; twice that for fp64 weights."""
     rows = _rows(num_checkpoints, num_averages)
     return threads * _piece(rows) * (rows * torch.float32.itemsize + _MEMORY)
 
@@ -111,17 +112,20 @@ def scratch_bytes(num_checkpoints: int, num_averages: int, threads: int) -> int:
 class _Shared:
     """What the threads share: the tensors that wait, where results go, and whether to stop."""
 
-    def __init__(self, sinks: Sequence[Sink], waiting: Iterator[Job], on_read: Callable[[int], object]) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], waiting: Iterator[Job], on_read: Callable[[int], object], size: int
+    ) -> None:
         self.sinks = sinks
         self.waiting = waiting
         self.on_read = on_read
+        self.size = size
         self.digests: Digests = {}
         self.stopped = threading.Event()
         self._lock = threading.Lock()
 
     def work(self) -> None:
         """Works on one tensor after the other until there is none left, or another thread has failed."""
-        memory = torch.empty(_LARGEST_PIECE * _MEMORY, dtype=torch.uint8)
+        memory = torch.empty(self.size * _MEMORY, dtype=torch.uint8)
         try:
             while not self.stopped.is_set():
                 with self._lock:
@@ -135,7 +139,7 @@ class _Shared:
 
     def _average(self, job: Job, memory: torch.Tensor) -> None:
         hashes = [xxhash.xxh3_64() for _ in job.tensors]
-        size = _piece(_rows(len(job.tensors), len(self.sinks)))
+        size = self.size
         combination = (_Interpolations if len(self.sinks) <= _FEW else _Product)(job, size)
         streams = [tensor.pieces(size, memory) for tensor in job.tensors]
         numel = job.tensors[0].shape.numel()

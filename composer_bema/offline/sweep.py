@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -57,8 +58,8 @@ def expand_grid(grid: Mapping[str, Any]) -> list[Setting]:
     settings = []
     for values in itertools.product(*axes.values()):
         options = dict(zip(axes, values, strict=True))
-        rule, update_freq, update_after = options.pop('rule'), options.pop('update_freq', None), 0
-        update_after = options.pop('update_after', update_after)
+        rule = options.pop('rule')
+        update_freq, update_after = options.pop('update_freq', None), options.pop('update_after', 0)
         settings.append(Setting(rule, options, update_freq, update_after))
     return settings
 
@@ -91,20 +92,20 @@ def evaluate_averages(
     reading = trajectory.open(averages)
     threads = max(1, torch.get_num_threads())
     specs = [reading.specs(average, dtype) for average in averages]
-    held = sum(spec.nbytes for tensors in specs for spec in tensors.values())
+    nbytes = sum(spec.nbytes for tensors in specs for spec in tensors.values())
     log.info(
         'Reading %.1f GB of %d checkpoints for %d averages, all held in memory: %.1f GB, and %d MiB for reading.',
         reading.nbytes / 1e9,
         len(reading.sources),
         len(averages),
-        held / 1e9,
+        nbytes / 1e9,
         reading.scratch_bytes(threads) / 2**20,
     )
-    held_weights = [MemoryWriter(tensors) for tensors in specs]
-    reading.compute(held_weights, threads, show_progress)
+    memories = [MemoryWriter(tensors) for tensors in specs]
+    reading.compute(memories, threads, show_progress)
     results = []
-    for average, held_in in zip(averages, held_weights, strict=True):
-        losses = evaluate(held_in.weights)
+    for average, memory in zip(averages, memories, strict=True):
+        losses = evaluate(memory.weights)
         described = ', '.join(f'{label} {loss:.4f}' for label, loss in losses.items())
         log.info('%s at step %d: %s', average.setting, average.step, described)
         results.append(Result(average, losses))
@@ -112,11 +113,13 @@ def evaluate_averages(
 
 
 def best_results(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
-    """Returns the result with the lowest loss, by the evaluator and the rule."""
+    """Returns the result with the lowest loss, by the evaluator and the rule; a loss that is no number is none."""
     best: dict[tuple[str, str], Result] = {}
     for result in results:
         for label, loss in result.losses.items():
             key = label, result.average.setting.rule
+            if not math.isfinite(loss):
+                continue
             if key not in best or loss < best[key].losses[label]:
                 best[key] = result
     return best

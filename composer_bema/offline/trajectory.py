@@ -26,6 +26,9 @@ from composer_bema.offline.streaming import Job, Sink, scratch_bytes, stream_ave
 
 __all__ = ['Reading', 'Trajectory']
 
+# The rows of coefficients that an average has.
+_KINDS = ('coefficients', 'statistics')
+
 # BatchNorm's, by the names that torch gives them in every model; what a checkpoint holds does not say what is a buffer.
 _STATISTICS = re.compile(r'(?:.*\.)?running_(?:mean|var)')
 
@@ -58,7 +61,7 @@ class Trajectory:
         self._found = find_checkpoints(checkpoints)
         self._initial_model = initial_model
         self._weights = weights
-        self._copy = copy
+        self._copy = (copy,) if isinstance(copy, str) else tuple(copy)
         if initial_model is not None and self._found[0].step == 0:
             raise ValueError(
                 f"'{self._found[0].path}' is of step 0, and '{initial_model}' is named as the initial model: give one."
@@ -194,17 +197,13 @@ class Reading:
         return 'statistics' if _STATISTICS.fullmatch(name) else 'coefficients'
 
 
-# The rows of coefficients that an average has.
-_KINDS = ('coefficients', 'statistics')
-
-
 def _copied_names(source: Source, patterns: Sequence[str]) -> set[str]:
     copied = {name for name, tensor in source.tensors.items() if not tensor.dtype.is_floating_point}
     for name, tensor in source.tensors.items():
         if tensor.dtype.is_complex and not any(fnmatchcase(name, pattern) for pattern in patterns):
             raise ValueError(
                 f"The tensor '{name}' in '{source.path}' is complex, which is not averaged: --copy '{name}' takes it "
-                'from the last checkpoint.'
+                "from the checkpoint of the average's step."
             )
     for pattern in patterns:
         matching = {name for name in source.tensors if fnmatchcase(name, pattern)}

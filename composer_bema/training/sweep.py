@@ -33,7 +33,7 @@ from composer_bema.training.outputs import LOSS_METRIC
 from composer_bema.training.registry import build, check_arguments, find_builder, split_name
 from composer_bema.training.tokenizers import build_tokenizer, check_tokenizer
 
-__all__ = ['EvaluateConfig', 'SweepConfig', 'WriteConfig', 'run_sweep']
+__all__ = ['EvaluateConfig', 'SweepConfig', 'WriteConfig', 'check_sweep', 'run_sweep']
 
 T = TypeVar('T')
 
@@ -98,23 +98,39 @@ def run_sweep(checkpoints: str | Path, config_file: str | Path, out: str | Path,
         ValueError: The checkpoints are damaged, missing, or do not fit together.
     """
     config = check_top_level(read_settings(config_file, overrides), SweepConfig)
-    settings = _settings(config.averages)
-    if (config.evaluate is None) == (config.write is None):
-        raise ConfigError('A sweep needs one of two sections: write, for models, or evaluate, for their losses.')
+    settings, options = _checked(config)
     trajectory = Trajectory(checkpoints, initial_model=config.initial_model, weights=config.weights, copy=config.copy)
     averages = [average for setting in settings for average in trajectory.plan(setting, config.at)]
-    if config.write is not None:
-        return _write(trajectory, averages, out, _section(config.write, WriteConfig, 'write'))
+    if isinstance(options, WriteConfig):
+        return _write(trajectory, averages, out, options)
     if dist.get_world_size() > 1:
         # Each would have its share of the averages only.
         raise ConfigError(f'evaluate takes one process, not {dist.get_world_size()}: start it without torchrun.')
-    evaluation = _section(config.evaluate, EvaluateConfig, 'evaluate')
-    _check_evaluation(evaluation)
     with new_folder(out) as folder:
-        with _evaluator(evaluation) as evaluate:
-            dtype = None if evaluation.dtype is None else getattr(torch, evaluation.dtype)
+        with _evaluator(options) as evaluate:
+            dtype = None if options.dtype is None else getattr(torch, options.dtype)
             results = evaluate_averages(trajectory, averages, evaluate, dtype=dtype, show_progress=True)
         return _report(results, folder, Path(out))
+
+
+def check_sweep(config_file: str | Path, overrides: Sequence[str] = ()) -> list[Setting]:
+    """Check a sweep's YAML without reading data or checkpoints, and return the settings of its averages.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+    return _checked(check_top_level(read_settings(config_file, overrides), SweepConfig))[0]
+
+
+def _checked(config: SweepConfig) -> tuple[list[Setting], WriteConfig | EvaluateConfig]:
+    settings = _settings(config.averages)
+    if (config.evaluate is None) == (config.write is None):
+        raise ConfigError('A sweep needs one of two sections: write, for models, or evaluate, for their losses.')
+    if config.write is not None:
+        return settings, _section(config.write, WriteConfig, 'write')
+    evaluation = _section(config.evaluate, EvaluateConfig, 'evaluate')
+    _check_evaluation(evaluation)
+    return settings, evaluation
 
 
 def _section(content: Any, record: type[T], path: str) -> T:
@@ -210,7 +226,11 @@ def _load(model: HuggingFaceModel, weights: Mapping[str, torch.Tensor]) -> None:
 
 def _report(results: Sequence[Result], folder: Path, out: Path) -> str:
     """Writes tables and pictures into a folder that will be ``out``; returns a table for people."""
-    rows = [{**_described(result.average), **result.losses} for result in results]
+    # JSON has no number for a loss that is none.
+    rows = [
+        {**_described(result.average), **{n: x if math.isfinite(x) else None for n, x in result.losses.items()}}
+        for result in results
+    ]
     with (folder / LINES_FILE).open('w', encoding='utf-8') as file:
         file.writelines(json.dumps(row) + '\n' for row in rows)
     with (folder / TABLE_FILE).open('w', encoding='utf-8', newline='') as file:
@@ -252,7 +272,7 @@ def _best(results: Sequence[Result], label: str, names: tuple[str, ...]) -> dict
     best: dict[str, dict[Any, float]] = {}
     for result in results:
         key = tuple(result.average.setting.options.get(name) for name in names)
-        if all(isinstance(value, (int, float)) for value in key):
+        if all(isinstance(value, (int, float)) for value in key) and math.isfinite(result.losses[label]):
             cells = best.setdefault(result.average.setting.rule, {})
             cells[key] = min(result.losses[label], cells.get(key, math.inf))
     return best

@@ -342,5 +342,11 @@ def test_models_of_other_trainers(write, nest):
     }
 
 
+@pytest.mark.parametrize('nest', [{'app': {'model': {'a': torch.ones(2)}}}, {'weights': {'a': torch.ones(2)}, 'b': 1}])
+def test_what_may_be_an_optimizer_is_not_taken_for_a_model(write, nest):
+    with pytest.raises(ValueError, match=r'it holds \w+.*, and no model or model_state_dict or state_dict'):
+        read_model(write(nest))
+
+
 def test_a_checkpoint_of_composer_is_left_to_its_reader(write):
     assert read_model(write({'state': {'model': {'a': torch.ones(3)}}})) is None

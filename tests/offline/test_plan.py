@@ -170,13 +170,32 @@ def test_a_window_that_is_not_full_is_told(caplog):
 @pytest.mark.parametrize(
     ('steps', 'update_freq'),
     # The start is no update if there are several, and one if there is one.
-    [([100, 102, 104], None), ([2], None), ([2, 5, 6, 10], 2)],
+    [([100, 102, 104], None), ([2], None), ([2, 3, 4, 5, 6], 2)],
 )
 def test_periods_are_of_the_spacing_of_the_updates(steps, update_freq):
     """Two steps from one update to the next: 2 is a period, and 3 is none."""
     plan_averages(Setting('swa_window', {'horizon': 2}, update_freq), steps)
     with pytest.raises(ValueError, match='horizon is 3, which is no multiple of the 2 steps between two updates'):
         plan_averages(Setting('swa_window', {'horizon': 3}, update_freq), steps)
+
+
+def test_periods_with_a_gap_are_refused():
+    """A period that counts four steps would reach over six."""
+    setting = Setting('swa_window', {'horizon': 4}, update_freq=2)
+    with pytest.raises(ValueError, match='there are no checkpoints of the steps 6: start after them, or take lawa'):
+        plan_averages(setting, [2, 4, 8, 10])
+
+
+def test_a_horizon_longer_than_the_run_is_told(caplog):
+    with caplog.at_level(logging.WARNING):
+        plan_averages(Setting('swa_window', {'horizon': 8, 'period': 4}), [2, 4, 6])
+    assert caplog.messages == [
+        'swa_window horizon=8 period=4 at step 6: its window is not full, and holds 3 checkpoints.'
+    ]
+
+
+def test_a_step_that_is_named_twice_is_one(caplog):
+    assert [average.step for average in plan_averages(Setting('lawa', {'window': 1}), [2, 4], [4, 2, 4])] == [4, 2]
 
 
 def test_periods_of_uneven_steps_are_refused():

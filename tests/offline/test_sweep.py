@@ -125,3 +125,6 @@ def test_the_best_are_found_by_evaluator_and_rule():
         ('b', 'bema'): third,
     }
     assert best_results([]) == {}
+    # What has diverged is never the best.
+    diverged = result('ema', 3, a=float('nan'), b=float('inf'))
+    assert best_results([diverged, first]) == {('a', 'ema'): first, ('b', 'ema'): first}

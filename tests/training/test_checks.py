@@ -11,9 +11,12 @@ import pytest
 from composer_bema.training.checks import check_config
 from composer_bema.training.config import ConfigError, load_config
 from composer_bema.training.registry import REGISTRY, find_builder
+from composer_bema.training.sweep import check_sweep
 from tests.training.tiny import tiny_settings, write_yaml
 
 YAMLS = Path(__file__).parents[2] / 'yamls'
+SWEEPS = sorted((YAMLS / 'sweeps').rglob('*.yaml'))
+RECIPES = sorted({*YAMLS.rglob('*.yaml')} - {*SWEEPS})
 
 
 @pytest.mark.parametrize(
@@ -117,14 +120,23 @@ def test_mistakes_in_an_averaging_algorithm(tmp_path, override, message):
 
 def test_recipes_are_valid():
     """Every recipe passes all checks that need no download."""
-    recipes = sorted(YAMLS.rglob('*.yaml'))
+    recipes = RECIPES
     assert recipes
     for recipe in recipes:
         check_config(load_config(recipe, ['variables.data=somewhere']))
 
 
+def test_sweeps_are_valid_and_open_with_their_command():
+    assert SWEEPS
+    for sweep in SWEEPS:
+        assert check_sweep(sweep)
+        header = sweep.read_text().split('\n\n')[0]
+        assert f'--config yamls/{sweep.relative_to(YAMLS)}' in header
+        assert '# override: ' in header
+
+
 def test_recipes_open_with_their_command():
-    for recipe in YAMLS.rglob('*.yaml'):
+    for recipe in RECIPES:
         header = recipe.read_text().split('\n\n')[0]
         assert f'composer-bema train yamls/{recipe.relative_to(YAMLS)}' in header
         assert 'One override: ' in header
