@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from composer_bema.formats.unpickling import load_archive
 from composer_bema.offline.ranks import all_succeed, from_first_rank, is_first_rank, joined, share_out, union
 from composer_bema.offline.settings import Setting
 from composer_bema.offline.stabilize import stabilize
@@ -25,8 +26,16 @@ BEMA = Setting('bema', update_freq=2)
 LATER = Setting('bema', update_freq=2, update_after=2)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+def contents(folder: Path) -> dict[str, object]:
+    """The files by their names; of what torch has pickled the values, for equal ones can be pickled in two ways."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob('*') if path.is_file()}
+    return {name: unpickled(path) if path.suffix == '.pt' else path.read_bytes() for name, path in files.items()}
+
+
+def unpickled(path: Path) -> object:
+    state = load_archive(path)['state']
+    model = {name: (tensor.dtype, tensor.tolist()) for name, tensor in state.pop('model').items()}
+    return {**state, 'model': model}
 
 
 def attempts(calls: list[dict]) -> list[str]:
