@@ -132,11 +132,11 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone, gone after the test."""
     from torch import distributed as dist
 
+    from composer_bema.offline.ranks import leave_process_group
+
     dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
     yield
-    # gloo's thread wants Python's lock to let go of a last tensor, and destroying would hold the lock and wait for it.
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-__all__ = ['all_succeed', 'from_first_rank', 'is_first_rank', 'joined', 'share_out', 'union']
+__all__ = ['all_succeed', 'from_first_rank', 'is_first_rank', 'joined', 'leave_process_group', 'share_out', 'union']
 
 T = TypeVar('T')
 
@@ -23,9 +23,6 @@ log = logging.getLogger(__name__)
 
 # Marks an error that all ranks know of.
 _IS_TOLD = '_is_told'
-
-# Seconds.
-_PATIENCE = 0.1
 
 
 @contextlib.contextmanager
@@ -40,9 +37,19 @@ def joined() -> Iterator[None]:
         with all_succeed():
             yield
     except Exception:
-        _part()
+        leave_process_group()
         raise
-    _part()
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Leaves the process group of gloo, which is gone afterwards. Every rank has to call it."""
+    dist.barrier()
+    # gloo's threads want Python's lock to let go of their last tensors. The group would hold it while it waits for them
+    # to end; the backend, if it goes last, does not.
+    backend = dist.group.WORLD._get_backend(torch.device('cpu'))  # type: ignore
+    dist.destroy_process_group()
+    del backend
 
 
 def is_first_rank() -> bool:
@@ -94,14 +101,6 @@ def from_first_rank(value: T) -> T:
 def union(part: dict[Any, Any]) -> dict[Any, Any]:
     """Returns the items of all ranks' dicts."""
     return {key: value for found in _exchange(part) for key, value in found.items()}
-
-
-def _part() -> None:
-    dist.barrier()
-    # gloo's threads want Python's lock to let go of their last tensors, and destroying would hold the lock and wait for
-    # them: let them have it before.
-    time.sleep(_PATIENCE)
-    dist.destroy_process_group()
 
 
 def _exchange(value: T, failure: str | None = None) -> list[T]:

@@ -16,7 +16,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from composer_bema.formats.unpickling import load_archive
-from composer_bema.offline.ranks import all_succeed, from_first_rank, is_first_rank, joined, share_out, union
+from composer_bema.offline.ranks import (
+    all_succeed,
+    from_first_rank,
+    is_first_rank,
+    joined,
+    leave_process_group,
+    share_out,
+    union,
+)
 from composer_bema.offline.settings import Setting
 from composer_bema.offline.stabilize import stabilize
 from tests.distributed.ranks import run_ranks
@@ -70,6 +78,15 @@ def with_nan(checkpoints: Path) -> Path:
     tensors['model.model.norm.weight'][3] = torch.nan
     save_file(tensors, path)
     return checkpoints
+
+
+def test_leaving_a_group_does_not_wait_for_its_own_lock(tmp_path):
+    """Without care a group hangs here after some ten rounds."""
+    for index in range(100):
+        dist.init_process_group('gloo', init_method=f'file://{tmp_path / str(index)}', rank=0, world_size=1)
+        assert from_first_rank(index) == index
+        leave_process_group()
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize('world_size', [2, 3])
