@@ -29,6 +29,7 @@ INSTALL_REQUIRES = [
     'datasets>=3.3.2,<5',
     'mosaicml-streaming>=0.12,<1',
     'safetensors>=0.4.3,<1',
+    'huggingface-hub>=0.30,<1',
     'omegaconf>=2.3,<3',
     'pyyaml>=6.0,<7',
     'click>=8.1,<9',
@@ -42,7 +43,7 @@ PEFT = ['peft>=0.10,<0.17']
 
 EXTRAS_REQUIRE = {
     'peft': PEFT,
-    'test': [*PEFT, 'pytest>=8,<10', 'hypothesis>=6.100,<7'],
+    'test': [*PEFT, 'pytest>=9,<10', 'hypothesis>=6.100,<7'],
     # Exact, so that a new release of a linter fails nobody's build. `pyright[nodejs]` takes node from a wheel: plain
     # `pyright` downloads it at its first run, from a host that a machine with only a package index cannot reach.
     'lint': ['ruff==0.17.6', 'pyright[nodejs]==1.1.414', 'pre-commit>=4,<5'],

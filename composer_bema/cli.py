@@ -109,11 +109,7 @@ def convert(
     'model holds, whichever it is.',
 )
 @click.option('--average', help="Which average, by its class ('BEMA'), where the run had several.")
-@click.option(
-    '--precision',
-    type=click.Choice(['float32', 'bfloat16', 'float16']),
-    help="The dtype to write.  [default: the model's]",
-)
+@click.option('--precision', help="float32, bfloat16, float16 or float64.  [default: the model's]")
 def export(checkpoint: str, out: str, weights: str, average: str | None, precision: str | None) -> None:
     """Write weights of a Composer CHECKPOINT (a file, or a folder of a sharded one) as a Hugging Face folder."""
     from composer_bema.offline.export import export as export_checkpoint

@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from composer_bema.cli import main
+from composer_bema.cli import RULE_HELP, main
+from composer_bema.offline.settings import RULES, settings_of
 from tests.training.tiny import tiny_settings, write_yaml
 
 
@@ -308,3 +309,16 @@ def test_the_help_of_the_module_needs_no_torch(tmp_path):
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(('Usage: composer-bema', 'composer-bema, version'))
+
+
+def test_every_setting_of_every_rule_has_an_option_that_says_its_default():
+    """The command line knows them without importing torch, and so they stand there a second time."""
+    options = {parameter.name: parameter for parameter in main.commands['stabilize'].params}
+    for rule in RULES:
+        assert rule in RULE_HELP
+        for name, setting in settings_of(rule).items():
+            assert name in options
+            default = setting.default
+            if default not in (None, setting.empty):
+                shown = f'{default:g}' if isinstance(default, float) else default
+                assert options[name].help.endswith(f'[default: {shown}]'), name

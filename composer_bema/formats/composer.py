@@ -26,7 +26,7 @@ from composer_bema.formats.entries import ENTRY, HEADER, read_header
 from composer_bema.formats.tensors import LazyTensor
 from composer_bema.formats.unpickling import load_archive
 
-__all__ = ['AVERAGE', 'MODEL', 'TRAINING', 'Checkpoint', 'SavedAverage', 'open_checkpoint']
+__all__ = ['AVERAGE', 'MODEL', 'TRAINING', 'Checkpoint', 'NoComposerCheckpoint', 'SavedAverage', 'open_checkpoint']
 
 # Weights to ask for, beside the buffers of an average by their names.
 AVERAGE = 'average'
@@ -37,6 +37,10 @@ MODEL = 'model'
 _BUFFERS_OF_MODULES = ('latest', 'ema')
 
 
+class NoComposerCheckpoint(ValueError):
+    """What was opened is whole, but another trainer has written it."""
+
+
 def open_checkpoint(path: Union[str, Path]) -> Checkpoint:
     """Opens a checkpoint of Composer; tensors are read when they are asked for.
 
@@ -45,7 +49,8 @@ def open_checkpoint(path: Union[str, Path]) -> Checkpoint:
 
     Raises:
         FileNotFoundError: If there is nothing, or a link to nothing.
-        ValueError: If it is cut or damaged, or no checkpoint of Composer.
+        NoComposerCheckpoint: If another trainer has written it; a ValueError.
+        ValueError: If it is cut or damaged.
     """
     path = Path(path)
     _require_checkpoint(path)
@@ -58,7 +63,7 @@ def open_checkpoint(path: Union[str, Path]) -> Checkpoint:
         except ValueError as error:
             _refuse(path, str(error), error)
     if not isinstance(nest, Mapping) or not isinstance(nest.get('state'), Mapping) or not nest['state'].get('model'):
-        raise ValueError(f"'{path}' is no checkpoint of Composer: it holds no state of a model.")
+        raise NoComposerCheckpoint(f"'{path}' is no checkpoint of Composer: it holds no state of a model.")
     return Checkpoint(path, nest['state'])
 
 

@@ -89,8 +89,8 @@ def read_folder(folder: Path) -> dict[Any, Any]:
     return nest
 
 
-def read_model(folder: Path) -> Optional[dict[str, LazyTensor]]:
-    """Returns the tensors that a folder has of a model, or None if Composer has written it.
+def read_model(folder: Path) -> dict[str, LazyTensor]:
+    """Returns the tensors that a folder has of a model, as trainers other than Composer leave them.
 
     They are those under ``model``, ``model_state_dict`` or ``state_dict``, or all if nothing but tensors was saved.
     Names in nested dicts are joined by dots.
@@ -99,8 +99,6 @@ def read_model(folder: Path) -> Optional[dict[str, LazyTensor]]:
         ValueError: If the metadata is damaged, or of another kind, or it is not said what is the model's.
     """
     nest = read_folder(folder)
-    if 'state' in nest:
-        return None
     models = [nest[name] for name in _MODELS if isinstance(nest.get(name), Mapping)]
     if not models and not all(isinstance(value, LazyTensor) for value in nest.values()):
         raise ValueError(f'it holds {", ".join(map(str, nest))}, and no {" or ".join(_MODELS)}')

@@ -14,7 +14,10 @@ import torch
 
 from composer_bema.averaging.digests import add_digests, digest
 
-__all__ = ['LazyTensor', 'TensorSpec', 'main_dtype', 'piece_memory']
+__all__ = ['DTYPE_NAMES', 'LazyTensor', 'TensorSpec', 'dtype_named', 'main_dtype', 'piece_memory']
+
+# What weights can be written in.
+DTYPE_NAMES = ('float32', 'bfloat16', 'float16', 'float64')
 
 # Elements that are compared at a time.
 _COMPARED = 64 * 1024
@@ -123,6 +126,23 @@ def main_dtype(specs: Iterable[TensorSpec]) -> Optional[torch.dtype]:
         if spec.dtype.is_floating_point:
             elements[spec.dtype] += spec.shape.numel()
     return max(elements, key=lambda dtype: elements[dtype], default=None)
+
+
+def dtype_named(name: Optional[str], setting: str) -> Optional[torch.dtype]:
+    """Returns a dtype that weights are written in; None for None.
+
+    Args:
+        name (str, optional): Its name, such as ``'bfloat16'``.
+        setting (str): What the name was given as, for messages.
+
+    Raises:
+        ValueError: If it is none of `DTYPE_NAMES`.
+    """
+    if name is None:
+        return None
+    if name not in DTYPE_NAMES:
+        raise ValueError(f'{setting} must be one of {", ".join(DTYPE_NAMES)}, not {name!r}.')
+    return getattr(torch, name)
 
 
 def piece_memory(length: int, dtype: torch.dtype, memory: Optional[torch.Tensor]) -> torch.Tensor:

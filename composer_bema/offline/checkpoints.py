@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from composer_bema.formats.completeness import INCOMPLETE, why_incomplete
-from composer_bema.formats.composer import MODEL, TRAINING, Checkpoint, open_checkpoint
+from composer_bema.formats.completeness import INCOMPLETE
+from composer_bema.formats.composer import MODEL, TRAINING, Checkpoint, NoComposerCheckpoint, open_checkpoint
 from composer_bema.formats.dcp import METADATA, read_model
 from composer_bema.formats.huggingface import PREFIX
 from composer_bema.formats.manifest import MANIFEST, WEIGHTS, read_manifest
@@ -151,24 +151,21 @@ def _open(found: Found, weights: str) -> Source:
         return Source(found.step, path, read_safetensors(path))
     if path.is_dir() and not (path / METADATA).is_file() and not any(path.glob('*.distcp')):
         raise ValueError(f"'{path}' holds no weights: it is neither a Hugging Face folder nor a sharded checkpoint.")
-    if path.is_dir():
-        tensors = _read_sharded(path)
-        if tensors is not None:
-            return Source(found.step, path, tensors)
-    checkpoint = open_checkpoint(path)
+    try:
+        checkpoint = open_checkpoint(path)
+    except NoComposerCheckpoint:
+        if not path.is_dir():
+            raise
+        return Source(found.step, path, _read_sharded(path))
     return Source(found.step, path, checkpoint.weights(weights), checkpoint)
 
 
-def _read_sharded(folder: Path) -> Optional[dict[str, LazyTensor]]:
-    """Returns the tensors of a sharded checkpoint that another trainer than Composer has written."""
+def _read_sharded(folder: Path) -> dict[str, LazyTensor]:
     try:
-        problem = why_incomplete(folder)
-        tensors = None if problem else read_model(folder)
+        tensors = read_model(folder)
     except ValueError as error:
-        problem, tensors = str(error), None
-    if problem:
-        raise ValueError(f"'{folder}' cannot be read as a checkpoint: {problem}; use another one.")
-    if tensors is not None and not tensors:
+        raise ValueError(f"'{folder}' cannot be read as a checkpoint: {error}.") from error
+    if not tensors:
         raise ValueError(f"'{folder}' holds no tensors of a model.")
     return tensors
 

@@ -8,17 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Optional, Union
 
-import torch
-
 from composer_bema.formats.composer import AVERAGE, MODEL, TRAINING, Checkpoint, open_checkpoint
 from composer_bema.formats.huggingface import new_folder, pretrained_writer, write_weights
 from composer_bema.formats.manifest import write_manifest
 from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE
-from composer_bema.formats.tensors import LazyTensor
+from composer_bema.formats.tensors import dtype_named
 
-__all__ = ['PRECISIONS', 'export']
-
-PRECISIONS = ('float32', 'bfloat16', 'float16')
+__all__ = ['export']
 
 
 def export(
@@ -38,7 +34,7 @@ def export(
         weights (str): ``'average'``, ``'training'``, ``'model'`` (what the checkpoint's model holds, whichever it is),
             or a buffer of the average such as ``'ema'`` or ``'theta_0'``. Default: ``'average'``.
         average (str, optional): The class of the average, such as ``'BEMA'``, where a run had several.
-        precision (str, optional): ``'float32'``, ``'bfloat16'`` or ``'float16'``. ``None`` is the model's.
+        precision (str, optional): ``'float32'``, ``'bfloat16'``, ``'float16'`` or ``'float64'``. Default: the model's.
         max_shard_size (int | str): The size at which another file of weights begins. Default: ``'5GB'``.
 
     Returns:
@@ -53,15 +49,15 @@ def export(
         >>> export('checkpoints/latest-rank0.pt', 'bema')
         >>> model = AutoModelForCausalLM.from_pretrained('bema')
     """
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f'precision must be one of {", ".join(PRECISIONS)}, not {precision!r}.')
+    dtype = dtype_named(precision, 'precision')
     with new_folder(out) as folder:
         opened = open_checkpoint(checkpoint)
         chosen = opened.weights(weights, average)
         entry = opened.huggingface
         if not entry:
             raise ValueError(f"The model in '{checkpoint}' is not a HuggingFaceModel of Composer, which export needs.")
-        cast = {n: tensor.to(_dtype(precision, opened.model.get(n, tensor))) for n, tensor in chosen.items()}
+        # An average has been kept in fp32, whatever its model's dtype.
+        cast = {n: tensor.to(dtype or opened.model.get(n, tensor).dtype) for n, tensor in chosen.items()}
         specs = {n: tensor.spec for n, tensor in cast.items()}
         writer = pretrained_writer(folder, entry, specs, source=str(checkpoint), max_shard_size=max_shard_size)
         write_weights(writer, cast)
@@ -76,7 +72,3 @@ def _holds(checkpoint: Checkpoint, weights: str, average: Optional[str]) -> str:
         return checkpoint.model_holds
     name = checkpoint.average_name(average)
     return name if weights == AVERAGE else f'{name} {weights}'
-
-
-def _dtype(precision: Optional[str], tensor: LazyTensor) -> torch.dtype:
-    return tensor.dtype if precision is None else getattr(torch, precision)

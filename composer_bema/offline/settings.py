@@ -107,10 +107,14 @@ class Setting:
             return 'EMA'
         return _TITLES.get(self.rule, self.rule.upper())
 
-    def __str__(self) -> str:
+    @property
+    def given(self) -> dict[str, Any]:
+        """Its settings that are not at their defaults."""
         steps = {'update_freq': self.update_freq, 'update_after': self.update_after or None}
-        given = {**self.options, **{name: value for name, value in steps.items() if value is not None}}
-        return ' '.join([self.rule, *(f'{name}={value}' for name, value in given.items())])
+        return {**self.options, **{name: value for name, value in steps.items() if value is not None}}
+
+    def __str__(self) -> str:
+        return ' '.join([self.rule, *(f'{name}={value}' for name, value in self.given.items())])
 
     def build(self, update_freq: Optional[int]) -> Rule:
         """Returns the rule.

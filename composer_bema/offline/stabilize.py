@@ -17,6 +17,7 @@ from composer_bema.formats.composer import TRAINING
 from composer_bema.formats.huggingface import WeightsWriter, new_folder
 from composer_bema.formats.manifest import write_manifest
 from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE
+from composer_bema.formats.tensors import dtype_named
 from composer_bema.offline.outputs import Format, weights_writer
 from composer_bema.offline.plan import Average
 from composer_bema.offline.ranks import all_succeed, from_first_rank, is_first_rank
@@ -26,8 +27,6 @@ from composer_bema.offline.trajectory import Reading, Trajectory
 __all__ = ['stabilize', 'write_averages']
 
 log = logging.getLogger(__name__)
-
-_DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
 
 def stabilize(
@@ -114,9 +113,8 @@ def write_averages(
     """
     if format not in (None, *get_args(Format)):
         raise ValueError(f'format must be one of {", ".join(get_args(Format))}, not {format!r}.')
-    if dtype not in (None, *_DTYPES):
-        raise ValueError(f'dtype must be one of {", ".join(_DTYPES)}, not {dtype!r}.')
-    threads = max(1, torch.get_num_threads())
+    written = dtype_named(dtype, 'dtype')
+    threads = torch.get_num_threads()
     with all_succeed(), contextlib.ExitStack() as stack:
         # The first rank makes the folder, and removes it if anything fails.
         made = stack.enter_context(new_folder(out)) if is_first_rank() else None
@@ -126,7 +124,7 @@ def write_averages(
         with all_succeed():
             reading = trajectory.open(list(averages.values()))
             folders = {name: root / name for name in averages}
-            writers = _writers(reading, folders, averages, format, dtype, max_shard_size)
+            writers = _writers(reading, folders, averages, format, written, max_shard_size)
         for writer in writers:
             stack.callback(writer.close)
         with all_succeed():
@@ -153,14 +151,14 @@ def _writers(
     folders: Mapping[str, Path],
     averages: Mapping[str, Average],
     format: Optional[Format],
-    dtype: Optional[str],
+    dtype: Optional[torch.dtype],
     max_shard_size: Union[int, str],
 ) -> list[WeightsWriter]:
     return [
         weights_writer(
             folders[name],
             reading.source_of(average),
-            reading.specs(average, None if dtype is None else getattr(torch, dtype)),
+            reading.specs(average, dtype),
             average.setting.title,
             format=format,
             max_shard_size=max_shard_size,

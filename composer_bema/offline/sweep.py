@@ -90,7 +90,7 @@ def evaluate_averages(
         ValueError: If a checkpoint is damaged, or they do not fit together.
     """
     reading = trajectory.open(averages)
-    threads = max(1, torch.get_num_threads())
+    threads = torch.get_num_threads()
     specs = [reading.specs(average, dtype) for average in averages]
     nbytes = sum(spec.nbytes for tensors in specs for spec in tensors.values())
     log.info(

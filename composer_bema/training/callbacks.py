@@ -27,7 +27,7 @@ from composer_bema.formats.huggingface import (
     write_weights,
 )
 from composer_bema.formats.manifest import write_manifest
-from composer_bema.formats.tensors import LazyTensor
+from composer_bema.formats.tensors import LazyTensor, dtype_named
 
 __all__ = ['HuggingFaceCheckpointer']
 
@@ -42,14 +42,14 @@ class HuggingFaceCheckpointer(Callback):
         save_folder: The folder to write; it appears, or is replaced, when it is complete. ``{batch}`` in it stands for
             the number of optimizer steps.
         save_interval: A Composer time string; the default writes once, at the end.
-        precision: The dtype of the weights written: ``float32``, ``bfloat16`` or ``float16``.
+        precision: The dtype of the weights written: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
     """
 
     def __init__(self, save_folder: str, save_interval: str = '1dur', precision: str = 'float32') -> None:
-        if precision not in ('float32', 'bfloat16', 'float16'):
-            raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', not {precision!r}.")
+        dtype = dtype_named(precision, 'precision')
+        assert dtype is not None
         self.save_folder = save_folder
-        self.dtype = getattr(torch, precision)
+        self.dtype = dtype
         # llm-foundry's names, by which an average knows that this callback is about to save.
         self.check_interval = create_interval_scheduler(save_interval)
         self.last_checkpoint_batch: Time | None = None

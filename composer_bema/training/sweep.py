@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from composer_bema.averaging.parameters import first_names
 from composer_bema.formats.huggingface import PREFIX, new_folder
+from composer_bema.formats.tensors import dtype_named
 from composer_bema.offline.plan import Average
 from composer_bema.offline.settings import Setting
 from composer_bema.offline.stabilize import write_averages
@@ -108,7 +109,7 @@ def run_sweep(checkpoints: str | Path, config_file: str | Path, out: str | Path,
         raise ConfigError(f'evaluate takes one process, not {dist.get_world_size()}: start it without torchrun.')
     with new_folder(out) as folder:
         with _evaluator(options) as evaluate:
-            dtype = None if options.dtype is None else getattr(torch, options.dtype)
+            dtype = dtype_named(options.dtype, 'evaluate.dtype')
             results = evaluate_averages(trajectory, averages, evaluate, dtype=dtype, show_progress=True)
         return _report(results, folder, Path(out))
 
@@ -171,8 +172,7 @@ def _check_evaluation(config: EvaluateConfig) -> None:
         raise ConfigError('evaluate.eval_loader names no loader.')
     for path, section in sections.values():
         check_loader(section, path, config.max_seq_len)
-    if config.dtype not in (None, 'float32', 'bfloat16', 'float16'):
-        raise ConfigError(f'evaluate.dtype must be float32, bfloat16 or float16, not {config.dtype!r}.')
+    dtype_named(config.dtype, 'evaluate.dtype')
     known = [precision.value for precision in Precision]
     if config.precision not in (None, *known):
         raise ConfigError(f'evaluate.precision must be one of {", ".join(known)}, not {config.precision!r}.')
@@ -279,7 +279,4 @@ def _best(results: Sequence[Result], label: str, names: tuple[str, ...]) -> dict
 
 
 def _described(average: Average) -> dict[str, Any]:
-    setting = average.setting
-    steps = {'update_freq': setting.update_freq, 'update_after': setting.update_after or None}
-    given = {name: value for name, value in steps.items() if value is not None}
-    return {'rule': setting.rule, **setting.options, **given, 'step': average.step}
+    return {'rule': average.setting.rule, **average.setting.given, 'step': average.step}

@@ -169,19 +169,23 @@ def saved(name: str) -> Saved:
 def saved_in_parts(name: str) -> Saved:
     """The same as two ranks would have saved it, as torch's own writer does."""
     whole = saved(name)
-    nest = torch.load(whole.path, weights_only=False)
     path = _folder() / f'{name.replace(" ", "-")}-in-parts' / 'ep0-ba4'
-    entries = nest['state']['callbacks'].get('AveragingCheckpoint', {})
+    save_in_parts(whole.path, path)
+    return Saved(path, whole.weights)
+
+
+def save_in_parts(file: Path, folder: Path) -> None:
+    """Saves a monolithic checkpoint again, as two ranks would have."""
+    nest = torch.load(file, weights_only=False)
     nest['state']['model'] = in_parts(nest['state']['model'])
-    for entry in entries.values():
+    for entry in nest['state']['callbacks'].get('AveragingCheckpoint', {}).values():
         if isinstance(entry, dict):
             groups = {**entry.pop('buffers'), 'training_weights': entry.pop('training_weights', {})}
             groups = {group: in_parts(tensors, flat=True) for group, tensors in groups.items()}
             entry.update({'training_weights': groups.pop('training_weights'), 'buffers': groups})
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        dcp.save(nest, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
-    return Saved(path, whole.weights)
+        dcp.save(nest, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
 
 
 def in_parts(tensors: dict[str, torch.Tensor], flat: bool = False) -> dict[str, torch.Tensor]:

@@ -10,24 +10,21 @@ import functools
 import shutil
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.distributed.checkpoint as dcp
 from composer import Algorithm
 from safetensors.torch import save_file
 
 from composer_bema import BEMA, EMA
 from tests.distributed import programs
 from tests.distributed.programs import Topology
-from tests.formats.runs import in_parts, make_loader, make_model, weights_of
+from tests.formats.runs import make_loader, make_model, save_in_parts, weights_of
 
 STEPS = range(2, 13, 2)
-_ONLINE = {'update_freq': '2ba', 'eval_labels': []}
 
 
 class Run(NamedTuple):
@@ -112,17 +109,7 @@ def as_safetensors(source: Run, folder: Path) -> Path:
 def as_shards(source: Run, folder: Path) -> Path:
     """A run's checkpoints as two ranks would have saved them, as torch's own writer does."""
     for file in sorted(source.checkpoints.glob('ep*-rank0.pt')):
-        nest = torch.load(file, weights_only=False)
-        nest['state']['model'] = in_parts(nest['state']['model'])
-        for entry in nest['state']['callbacks'].get('AveragingCheckpoint', {}).values():
-            if isinstance(entry, dict):
-                groups = {**entry.pop('buffers'), 'training_weights': entry.pop('training_weights', {})}
-                groups = {group: in_parts(tensors, flat=True) for group, tensors in groups.items()}
-                entry.update({'training_weights': groups.pop('training_weights'), 'buffers': groups})
-        writer = dcp.FileSystemWriter(folder / file.name.removesuffix('-rank0.pt'))
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            dcp.save(nest, storage_writer=writer, no_dist=True)
+        save_in_parts(file, folder / file.name.removesuffix('-rank0.pt'))
     return folder
 
 

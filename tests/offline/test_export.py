@@ -85,7 +85,11 @@ def test_a_checkpoint_of_weights_only(tmp_path):
     [
         ('two averages', {}, 'holds several averages: say which one of BEMA, EMA'),
         ('none', {}, "holds no average, only the 'training' weights"),
-        ('two averages', {'precision': 'fp8'}, "precision must be one of float32, bfloat16, float16, not 'fp8'"),
+        (
+            'two averages',
+            {'precision': 'fp8'},
+            "precision must be one of float32, bfloat16, float16, float64, not 'fp8'",
+        ),
         ('classifier', {}, r"The model in '.*' is not a HuggingFaceModel of Composer, which export needs"),
     ],
 )

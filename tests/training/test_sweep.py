@@ -159,7 +159,7 @@ def test_the_best_are_named_with_their_horizon(tmp_path, text):
         (['evaluate=null', 'write={form: x}'], r"^write\.form is not a setting; the nearest one is 'write\.format'"),
         (['evaluate=null', 'write={dtype: fp8}'], "^dtype must be one of .*, not 'fp8'"),
         (['evaluate=null', 'write={format: pickle}'], "^format must be one of huggingface, composer, not 'pickle'"),
-        (['evaluate.dtype=fp8'], r"^evaluate\.dtype must be float32, bfloat16 or float16, not 'fp8'"),
+        (['evaluate.dtype=fp8'], r"^evaluate\.dtype must be one of float32, bfloat16, float16, float64, not 'fp8'"),
         (['evaluate.precision=fp8'], r"^evaluate\.precision must be one of fp32, .*, not 'fp8'"),
         (['evaluate.max_seq_len=null'], r'^evaluate\.max_seq_len is missing'),
         (['evaluate.modle=1'], r"^evaluate\.modle is not a setting; the nearest one is 'evaluate\.model'"),
