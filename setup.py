@@ -77,7 +77,11 @@ setup(
         # llm-foundry fills its registry of algorithms from this group, so that its YAMLs can name ours.
         'llmfoundry_algorithms': [
             'bema = composer_bema.algorithms:BEMA',
+            'dema = composer_bema.algorithms:DEMA',
             'ema = composer_bema.algorithms:EMA',
+            'lawa = composer_bema.algorithms:LAWA',
+            'ouema = composer_bema.algorithms:OUEMA',
+            'swa_window = composer_bema.algorithms:SWAWindow',
         ],
     },
 )

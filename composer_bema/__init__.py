@@ -14,16 +14,26 @@ from composer_bema.version import __version__
 
 if TYPE_CHECKING:
     from composer_bema import functional
-    from composer_bema.algorithms import BEMA, EMA
+    from composer_bema.algorithms import BEMA, DEMA, EMA, LAWA, OUEMA, SWAWindow
     from composer_bema.formats.completeness import newest_complete_checkpoint
     from composer_bema.training.callbacks import HuggingFaceCheckpointer
 
-__all__ = ['BEMA', 'EMA', 'HuggingFaceCheckpointer', '__version__', 'functional', 'newest_complete_checkpoint']
+__all__ = [
+    'BEMA',
+    'DEMA',
+    'EMA',
+    'LAWA',
+    'OUEMA',
+    'HuggingFaceCheckpointer',
+    'SWAWindow',
+    '__version__',
+    'functional',
+    'newest_complete_checkpoint',
+]
 
 # The modules that the names are found in.
 _HOMES = {
-    'BEMA': 'algorithms',
-    'EMA': 'algorithms',
+    **dict.fromkeys(('BEMA', 'DEMA', 'EMA', 'LAWA', 'OUEMA', 'SWAWindow'), 'algorithms'),
     'HuggingFaceCheckpointer': 'training.callbacks',
     'newest_complete_checkpoint': 'formats.completeness',
 }

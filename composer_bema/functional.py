@@ -1,7 +1,7 @@
 # Copyright 2026 composer_bema authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""BEMA and EMA for hand-written training loops, with torch alone.
+"""The averages for hand-written training loops, with torch alone.
 
 Example:
     >>> from composer_bema import functional as cf
@@ -21,11 +21,23 @@ from typing import Any, Optional, Union
 
 import torch
 
-from composer_bema.averaging.defaults import DEFAULTS
-from composer_bema.averaging.rules import Rule, bema_rule, ema_rule
+from composer_bema.averaging.defaults import DEFAULTS, default_update_freq
+from composer_bema.averaging.rules import Rule, bema_rule, dema_rule, ema_rule, ouema_rule
 from composer_bema.averaging.state import AverageState, NonFinite
+from composer_bema.averaging.windows import Window, swa_window_rule
 
-__all__ = ['LoopState', 'compute_bema', 'compute_ema', 'init_bema', 'init_ema']
+__all__ = [
+    'LoopState',
+    'compute_average',
+    'compute_bema',
+    'compute_ema',
+    'init_bema',
+    'init_dema',
+    'init_ema',
+    'init_lawa',
+    'init_ouema',
+    'init_swa_window',
+]
 
 Steps = Union[int, str]
 
@@ -57,8 +69,15 @@ class LoopState(AverageState):
         average_buffers: bool,
         nonfinite: NonFinite,
         device: Optional[Union[torch.device, str]],
+        snapshot_folder: Optional[str] = None,
     ) -> None:
-        super().__init__(rule, average_buffers=average_buffers, nonfinite=nonfinite, device=device)
+        super().__init__(
+            rule,
+            average_buffers=average_buffers,
+            nonfinite=nonfinite,
+            device=device,
+            snapshot_folder=snapshot_folder,
+        )
         self.update_freq = _steps('update_freq', update_freq, at_least=1)
         self.update_after = _steps('update_after', update_after, at_least=0)
         self.step = 0
@@ -84,7 +103,7 @@ class LoopState(AverageState):
 
     def load_state_dict(self, state: Mapping[str, Any], model: torch.nn.Module) -> None:
         if 'step' not in state:
-            raise ValueError('The saved state counts no steps: it was not saved by a state of init_bema or init_ema.')
+            raise ValueError('The saved state counts no steps: it was not saved by what init_bema and its like return.')
         step, last_update = state['step'], state['last_update']
         super().load_state_dict(state, model)
         self.step, self._last_update = step, last_update
@@ -148,7 +167,7 @@ def init_bema(
     return LoopState(
         bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, half_life),
         model,
-        update_freq=_default_freq(update_freq, half_life),
+        update_freq=default_update_freq(half_life) if update_freq is None else update_freq,
         update_after=update_after,
         average_buffers=average_buffers,
         nonfinite=nonfinite,
@@ -203,7 +222,7 @@ def init_ema(
     return LoopState(
         ema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life, smoothing),
         model,
-        update_freq=_default_freq(update_freq, half_life, smoothing),
+        update_freq=default_update_freq(half_life, smoothing) if update_freq is None else update_freq,
         update_after=update_after,
         average_buffers=average_buffers,
         nonfinite=nonfinite,
@@ -216,10 +235,163 @@ def compute_ema(model: torch.nn.Module, state: LoopState) -> bool:
     return state.count_step(model)
 
 
-def _default_freq(update_freq: Optional[Steps], *constant_rates: Optional[float]) -> Steps:
-    if update_freq is not None:
-        return update_freq
-    return DEFAULTS.update_freq if all(rate is None for rate in constant_rates) else 1
+def init_dema(
+    model: torch.nn.Module,
+    *,
+    half_life: Optional[float] = None,
+    smoothing: Optional[float] = None,
+    update_freq: Optional[Steps] = None,
+    update_after: Steps = DEFAULTS.update_after,
+    ema_power: Optional[float] = DEFAULTS.ema_power,
+    lag: float = DEFAULTS.lag,
+    multiplier: float = DEFAULTS.multiplier,
+    min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
+    average_buffers: bool = True,
+    nonfinite: NonFinite = 'raise',
+    device: Optional[Union[torch.device, str]] = None,
+) -> LoopState:
+    """Starts the double EMA of a model's weights, 2 EMA - EMA(EMA), which does not lag on a straight line.
+
+    The arguments and errors are those of :func:`init_ema`, but it is nothing without an EMA.
+
+    Returns:
+        LoopState: The state to hand to :func:`compute_average`. It keeps three fp32 buffers a parameter.
+    """
+    return LoopState(
+        dema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life, smoothing),
+        model,
+        update_freq=default_update_freq(half_life, smoothing) if update_freq is None else update_freq,
+        update_after=update_after,
+        average_buffers=average_buffers,
+        nonfinite=nonfinite,
+        device=device,
+    )
+
+
+def init_ouema(
+    model: torch.nn.Module,
+    *,
+    update_freq: Optional[Steps] = None,
+    update_after: Steps = DEFAULTS.update_after,
+    ema_power: Optional[float] = DEFAULTS.ema_power,
+    bias_power: Optional[float] = DEFAULTS.bias_power,
+    lag: float = DEFAULTS.lag,
+    multiplier: float = DEFAULTS.multiplier,
+    min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
+    half_life: Optional[float] = None,
+    average_buffers: bool = True,
+    nonfinite: NonFinite = 'raise',
+    device: Optional[Union[torch.device, str]] = None,
+) -> LoopState:
+    r"""Starts the EMA of a model's de-biased weights, :math:`(\theta_t - \alpha_t \theta_0) / (1 - \alpha_t)`.
+
+    Args:
+        bias_power (float, optional): eta in :math:`\alpha_t = (1 + \max(t - \tau + \rho, 1))^{-\eta}`, more than 0;
+            ``None`` switches the correction off.
+
+    The other arguments, and the errors, are those of :func:`init_bema`.
+
+    Returns:
+        LoopState: The state to hand to :func:`compute_average`. It keeps two fp32 buffers a parameter.
+    """
+    tau = _steps('update_after', update_after, at_least=0)
+    return LoopState(
+        ouema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, half_life, tau),
+        model,
+        update_freq=default_update_freq(half_life) if update_freq is None else update_freq,
+        update_after=tau,
+        average_buffers=average_buffers,
+        nonfinite=nonfinite,
+        device=device,
+    )
+
+
+def init_lawa(
+    model: torch.nn.Module,
+    *,
+    update_freq: Steps,
+    window: int,
+    update_after: Steps = DEFAULTS.update_after,
+    snapshot_folder: Optional[str] = None,
+    average_buffers: bool = True,
+    nonfinite: NonFinite = 'raise',
+    device: Optional[Union[torch.device, str]] = 'cpu',
+) -> LoopState:
+    """Starts the mean of a model's latest weights (arXiv 2209.14981, 2306.03241).
+
+    Args:
+        update_freq (int | str): phi, the steps from one snapshot to the next.
+        window (int): The snapshots that are averaged, at least 1; of as many as there are before the window is full.
+        snapshot_folder (str, optional): A folder on a disk to keep the snapshots in instead of memory. Its files are
+            gone with the state.
+        device (torch.device | str, optional): Where snapshots and average are kept. Default: ``'cpu'``.
+
+    The other arguments, and the errors, are those of :func:`init_bema`.
+
+    Returns:
+        LoopState: The state to hand to :func:`compute_average`. It keeps ``window`` copies of the parameters, and their
+        mean in fp32.
+
+    Example:
+        >>> state = cf.init_lawa(model, update_freq=1000, window=10)
+        >>> if cf.compute_average(model, state):  # to train on from the average
+        ...     state.copy_to(model)
+    """
+    return LoopState(
+        Window(window),
+        model,
+        update_freq=update_freq,
+        update_after=update_after,
+        average_buffers=average_buffers,
+        nonfinite=nonfinite,
+        device=device,
+        snapshot_folder=snapshot_folder,
+    )
+
+
+def init_swa_window(
+    model: torch.nn.Module,
+    *,
+    update_freq: Steps,
+    horizon: Steps,
+    period: Optional[Steps] = None,
+    update_after: Steps = DEFAULTS.update_after,
+    average_buffers: bool = True,
+    nonfinite: NonFinite = 'raise',
+    device: Optional[Union[torch.device, str]] = None,
+) -> LoopState:
+    """Starts the mean of a model's weights over whole periods of training (arXiv 2405.18392).
+
+    Args:
+        update_freq (int | str): phi, the steps from one update to the next.
+        horizon (int | str): The steps that are averaged, a multiple of ``period``.
+        period (int | str, optional): The steps after which the running mean starts again, a multiple of
+            ``update_freq``. Default: ``horizon``.
+
+    The other arguments, and the errors, are those of :func:`init_bema`.
+
+    Returns:
+        LoopState: The state to hand to :func:`compute_average`. It keeps two fp32 buffers a parameter, and one a
+        period.
+    """
+    return LoopState(
+        swa_window_rule(
+            _steps('horizon', horizon, at_least=1),
+            _steps('update_freq', update_freq, at_least=1),
+            None if period is None else _steps('period', period, at_least=1),
+        ),
+        model,
+        update_freq=update_freq,
+        update_after=update_after,
+        average_buffers=average_buffers,
+        nonfinite=nonfinite,
+        device=device,
+    )
+
+
+def compute_average(model: torch.nn.Module, state: LoopState) -> bool:
+    """Follows one optimizer step with any of the averages, as :func:`compute_bema` does."""
+    return state.count_step(model)
 
 
 def _steps(name: str, value: Steps, at_least: int) -> int:

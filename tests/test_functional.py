@@ -547,7 +547,7 @@ def test_a_resumed_loop_that_lost_its_count_differs(golden):
 @pytest.mark.parametrize(
     ('key', 'error', 'message'),
     [
-        ('step', ValueError, 'counts no steps: it was not saved by a state of init_bema or init_ema'),
+        ('step', ValueError, 'counts no steps: it was not saved by what init_bema and its like return'),
         ('last_update', KeyError, 'last_update'),
     ],
 )

@@ -11,9 +11,9 @@ from typing import Optional, Union
 import torch
 from composer import Time
 
-from composer_bema.algorithms.times import parse_time
+from composer_bema.algorithms.times import in_half_lives, parse_update_freq
 from composer_bema.algorithms.weight_averaging import SaveWeights, WeightAveraging
-from composer_bema.averaging.defaults import DEFAULTS
+from composer_bema.averaging.defaults import DEFAULTS, default_update_freq
 from composer_bema.averaging.rules import bema_rule, ema_rule
 from composer_bema.averaging.state import NonFinite
 
@@ -104,9 +104,8 @@ class BEMA(WeightAveraging):
         nonfinite: NonFinite = 'raise',
         device: Optional[Union[torch.device, str]] = None,
     ) -> None:
-        half_life_time = _half_life(half_life)
         super().__init__(
-            bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, _in_half_lives(half_life_time)),
+            bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, in_half_lives(half_life)),
             settings={
                 'ema_power': ema_power,
                 'bias_power': bias_power,
@@ -114,9 +113,9 @@ class BEMA(WeightAveraging):
                 'multiplier': multiplier,
                 'min_ema_multiplier': min_ema_multiplier,
             },
-            update_freq=_update_freq(update_freq, update_interval, constant_rate=half_life is not None),
+            update_freq=parse_update_freq(update_freq, update_interval, f'{default_update_freq(half_life)}ba'),
             update_after=update_after,
-            half_life=half_life_time,
+            half_life=half_life,
             eval_labels=eval_labels,
             save_weights=save_weights,
             state_in_checkpoint=state_in_checkpoint,
@@ -177,10 +176,8 @@ class EMA(WeightAveraging):
         nonfinite: NonFinite = 'raise',
         device: Optional[Union[torch.device, str]] = None,
     ) -> None:
-        half_life_time = _half_life(half_life)
-        constant_rate = half_life is not None or smoothing is not None
         super().__init__(
-            ema_rule(ema_power, lag, multiplier, min_ema_multiplier, _in_half_lives(half_life_time), smoothing),
+            ema_rule(ema_power, lag, multiplier, min_ema_multiplier, in_half_lives(half_life), smoothing),
             settings={
                 'smoothing': smoothing,
                 'ema_power': ema_power,
@@ -188,9 +185,11 @@ class EMA(WeightAveraging):
                 'multiplier': multiplier,
                 'min_ema_multiplier': min_ema_multiplier,
             },
-            update_freq=_update_freq(update_freq, update_interval, constant_rate),
+            update_freq=parse_update_freq(
+                update_freq, update_interval, f'{default_update_freq(half_life, smoothing)}ba'
+            ),
             update_after=update_after,
-            half_life=half_life_time,
+            half_life=half_life,
             eval_labels=eval_labels,
             save_weights=save_weights,
             state_in_checkpoint=state_in_checkpoint,
@@ -202,25 +201,3 @@ class EMA(WeightAveraging):
     def get_ema_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """Puts the EMA weights into a model and returns it, as :meth:`.WeightAveraging.get_averaged_model` does."""
         return self.get_averaged_model(model)
-
-
-def _update_freq(
-    update_freq: Optional[Union[str, Time]],
-    update_interval: Optional[Union[str, Time]],
-    constant_rate: bool,
-) -> Union[str, Time]:
-    if update_freq is not None and update_interval is not None:
-        raise ValueError('update_freq and update_interval are two names of one setting: give one of them.')
-    given = update_interval if update_freq is None else update_freq
-    if given is not None:
-        return given
-    return '1ba' if constant_rate else f'{DEFAULTS.update_freq}ba'
-
-
-def _half_life(half_life: Optional[Union[str, Time]]) -> Optional[Time]:
-    return None if half_life is None else parse_time('half_life', half_life, positive=True)
-
-
-def _in_half_lives(half_life: Optional[Time]) -> Optional[float]:
-    """The half-life of a rule whose elapsed time is counted in half-lives."""
-    return None if half_life is None else 1.0

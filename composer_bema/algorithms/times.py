@@ -8,16 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from composer import State, Time, Timestamp, TimeUnit
 
 __all__ = [
     'check_unit',
     'clocks',
+    'count_in',
     'has_reached',
+    'in_half_lives',
     'intervals_since',
     'parse_time',
+    'parse_update_freq',
     'steps_of_run',
     'steps_to_first_update',
     'times_since',
@@ -48,6 +51,42 @@ def parse_time(name: str, value: Any, *, positive: bool) -> Time:
     if time.unit == TimeUnit.DURATION and time.value > 1:
         raise ValueError(f"{name} must be at most '1dur', the whole run, but is {value!r}.")
     return time
+
+
+def parse_update_freq(
+    update_freq: Optional[Union[str, Time]], update_interval: Optional[Union[str, Time]], default: Union[str, Time]
+) -> Time:
+    """Reads phi, which has two names.
+
+    Raises:
+        TypeError: If it is no time string.
+        ValueError: If it is given twice, or is not positive.
+    """
+    if update_freq is not None and update_interval is not None:
+        raise ValueError('update_freq and update_interval are two names of one setting: give one of them.')
+    given = next((time for time in (update_freq, update_interval) if time is not None), default)
+    return parse_time('update_freq', given, positive=True)
+
+
+def count_in(name: str, time: Time, divisor_name: str, divisor: Time) -> int:
+    """Returns how many times a setting holds another one, both of one unit.
+
+    Raises:
+        ValueError: If their units differ, or it is no multiple.
+    """
+    given = f"{name}='{time.to_timestring()}'", f"{divisor_name}='{divisor.to_timestring()}'"
+    if time.unit != divisor.unit:
+        raise ValueError(f'{given[0]} and {given[1]} must count the same unit.')
+    # As decimals, for in binary 0.3 is no multiple of 0.1.
+    count = Fraction(str(time.value)) / Fraction(str(divisor.value))
+    if count.denominator != 1:
+        raise ValueError(f'{given[0]} must be a multiple of {given[1]}.')
+    return int(count)
+
+
+def in_half_lives(half_life: object) -> Optional[float]:
+    """Returns the half-life of a rule whose elapsed time is counted in half-lives, if there is one."""
+    return None if half_life is None else 1.0
 
 
 def check_unit(name: str, time: Time, state: State) -> None:

@@ -14,7 +14,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 import torch
 from composer import Algorithm, Event, Logger, State, Time, TimeUnit
@@ -51,22 +51,26 @@ class WeightAveraging(Algorithm):
 
     Args:
         rule (Rule): The average.
-        settings (dict[str, float | None]): The settings of the rule, by the names of the constructor.
-        update_freq (str): phi, as a Composer time string.
-        update_after (str): tau, as a Composer time string.
-        half_life (Time, optional): What the rule's elapsed time is counted in.
+        settings (dict): The settings of the rule, by the names of the constructor: numbers, strings and None.
+        update_freq (Time): phi.
+        half_life (str, optional): What the rule's elapsed time is counted in.
+        snapshot_folder (str, optional): Where the rule's snapshots live on disk.
 
     The other arguments are documented at :class:`.BEMA`.
     """
+
+    # The settings without which the saved buffers mean something else.
+    fixed_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
         rule: Rule,
         *,
-        settings: dict[str, Optional[float]],
-        update_freq: Union[str, Time],
+        settings: dict[str, Union[float, str, None]],
+        update_freq: Time,
         update_after: Union[str, Time],
-        half_life: Optional[Time],
+        half_life: Optional[Union[str, Time]] = None,
+        snapshot_folder: Optional[str] = None,
         eval_labels: Optional[Sequence[str]],
         save_weights: Optional[SaveWeights],
         state_in_checkpoint: bool,
@@ -78,9 +82,9 @@ class WeightAveraging(Algorithm):
             raise ValueError(f"save_weights must be 'average', 'training' or None, but is {save_weights!r}.")
         if isinstance(eval_labels, str):
             raise TypeError(f'eval_labels must be a list of evaluator labels, such as [{eval_labels!r}].')
-        self.update_freq = times.parse_time('update_freq', update_freq, positive=True)
+        self.update_freq = update_freq
         self.update_after = times.parse_time('update_after', update_after, positive=False)
-        self.half_life = half_life
+        self.half_life = None if half_life is None else times.parse_time('half_life', half_life, positive=True)
         self.eval_labels = None if eval_labels is None else tuple(eval_labels)
         self.save_weights = save_weights
         self.state_in_checkpoint = state_in_checkpoint
@@ -88,12 +92,17 @@ class WeightAveraging(Algorithm):
         self._settings = {
             'update_freq': self.update_freq.to_timestring(),
             'update_after': self.update_after.to_timestring(),
-            'half_life': None if half_life is None else half_life.to_timestring(),
+            'half_life': None if self.half_life is None else self.half_life.to_timestring(),
             **settings,
             'average_buffers': average_buffers,
         }
         self._new_average = functools.partial(
-            AverageState, rule, average_buffers=average_buffers, nonfinite=nonfinite, device=device
+            AverageState,
+            rule,
+            average_buffers=average_buffers,
+            nonfinite=nonfinite,
+            device=device,
+            snapshot_folder=snapshot_folder,
         )
         self._forget_run()
 
@@ -145,9 +154,12 @@ class WeightAveraging(Algorithm):
 
     def restore(self, saved: dict[str, Any], state: State) -> None:
         """Goes on from what :meth:`saved_state` returned, and puts the training weights into the model."""
+        self._check_fixed_settings(saved)
         self._warn_of_other_settings(saved)
         self.average.load_state_dict(saved, state.model)
-        self._origin, self._last_update = saved['origin'], saved['last_update']
+        if saved['origin']:
+            self._set_origin(saved['origin'])
+        self._last_update = saved['last_update']
 
     # What users call
 
@@ -298,7 +310,12 @@ class WeightAveraging(Algorithm):
 
     def _start_average(self, state: State) -> None:
         self.average.start(state.model)
-        self._origin = self._last_update = times.clocks(state.timestamp)
+        self._last_update = times.clocks(state.timestamp)
+        self._set_origin(self._last_update)
+
+    def _set_origin(self, clocks: dict[str, int]) -> None:
+        """Takes a moment for the burn-in: update_freq counts from there, and some rules do."""
+        self._origin = clocks
 
     def _update(self, state: State, logger: Logger) -> None:
         elapsed = 1.0 if self.half_life is None else times.times_since(self._last_update, self.half_life, state)
@@ -309,6 +326,10 @@ class WeightAveraging(Algorithm):
         self._last_update = times.clocks(state.timestamp)
         metrics = {**coefficients, 'num_updates': self.average.num_updates}
         logger.log_metrics({f'{self._prefix}/{name}': value for name, value in metrics.items()})
+        self._follow_update(state)
+
+    def _follow_update(self, state: State) -> None:
+        """Is called after each update, with the training weights in the model."""
 
     def _swap_in(self, state: State, purpose: Purpose) -> None:
         swap_out_all(state)
@@ -344,7 +365,8 @@ class WeightAveraging(Algorithm):
         """Counts from here on where the clocks stand before the last update, as after ``fit(reset_time=True)``."""
         now = times.clocks(state.timestamp)
         if now[TimeUnit.BATCH.value] < self._last_update[TimeUnit.BATCH.value]:
-            self._origin = self._last_update = now
+            self._last_update = now
+            self._set_origin(now)
 
     def _check_against_run(self, state: State) -> None:
         for name, time in self._times().items():
@@ -369,6 +391,14 @@ class WeightAveraging(Algorithm):
                 f'ends after {length:g}.',
                 stacklevel=2,
             )
+
+    def _check_fixed_settings(self, saved: dict[str, Any]) -> None:
+        for name in self.fixed_settings:
+            if saved['origin'] and saved['settings'].get(name) != self._settings[name]:
+                raise ValueError(
+                    f'{self._name} has {name}={self._settings[name]!r}, but the checkpoint was saved with '
+                    f'{saved["settings"].get(name)!r}, for which its buffers were laid out: resume with that.',
+                )
 
     def _warn_of_other_settings(self, saved: dict[str, Any]) -> None:
         old = saved['settings']

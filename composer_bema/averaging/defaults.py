@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-__all__ = ['DEFAULTS', 'Defaults']
+__all__ = ['DEFAULTS', 'Defaults', 'default_update_freq']
 
 
 @dataclass(frozen=True)
@@ -25,3 +25,8 @@ class Defaults:
 
 
 DEFAULTS = Defaults()
+
+
+def default_update_freq(*constant_rates: object) -> int:
+    """Returns phi in steps; with a constant rate, such as a half-life that is not ``None``, every step is an update."""
+    return DEFAULTS.update_freq if all(rate is None for rate in constant_rates) else 1

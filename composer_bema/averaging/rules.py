@@ -93,6 +93,16 @@ class Rule(Protocol):
         ...
 
     @property
+    def snapshots(self) -> tuple[str, ...]:
+        """Those of the buffers that updates only overwrite, with the weights as they are."""
+        ...
+
+    @property
+    def counts_updates(self) -> bool:
+        """Whether an update depends on the number of those before, so that no parameter may sit one out."""
+        ...
+
+    @property
     def average(self) -> str:
         """The buffer that is the average."""
         ...
@@ -124,6 +134,8 @@ class EMA:
     beta: Decay
     buffers = ('ema',)
     constants = ()
+    snapshots = ()
+    counts_updates = False
     average = 'ema'
 
     @property
@@ -148,6 +160,8 @@ class BEMA:
     beta: Decay
     buffers = (THETA_0, 'ema', 'bema')
     constants = (THETA_0,)
+    snapshots = ()
+    counts_updates = False
     average = 'bema'
 
     @property
@@ -172,6 +186,8 @@ class DEMA:
     beta: Decay
     buffers = ('ema', 'ema_of_ema', 'dema')
     constants = ()
+    snapshots = ()
+    counts_updates = False
     average = 'dema'
 
     @property
@@ -204,6 +220,8 @@ class OUEMA:
     beta: Decay
     buffers = (THETA_0, 'ouema')
     constants = (THETA_0,)
+    snapshots = ()
+    counts_updates = False
     average = 'ouema'
 
     @property
@@ -226,6 +244,8 @@ class Latest:
 
     buffers = ('latest',)
     constants = ()
+    snapshots = ()
+    counts_updates = False
     average = 'latest'
 
     @property

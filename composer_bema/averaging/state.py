@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed
 
 from composer_bema.averaging import kernels
 from composer_bema.averaging.digests import digests_of
+from composer_bema.averaging.files import copy_in_file
 from composer_bema.averaging.parameters import (
     canonical_names,
     first_names,
@@ -63,8 +65,8 @@ class AverageState:
 
     Trainable parameters are averaged under the rule, once if tied. Persistent floating-point module buffers follow the
     rule's EMA part, which never corrects a bias; integer ones are copied. Buffers are kept in fp32 (fp64 for fp64
-    weights), whatever the model's dtype, except those that never change, which are kept in 16 bits when that loses
-    nothing.
+    weights), whatever the model's dtype, except those that hold weights as they were: in 16 bits when that loses
+    nothing, or in the model's dtype.
 
     Args:
         rule (Rule): The average.
@@ -75,6 +77,8 @@ class AverageState:
             the weights. The average stays as it was in the first two. All ranks decide alike, in one all-reduce of a
             number where torch.distributed is initialised, so every rank has to update. Default: ``'raise'``.
         device (torch.device | str, optional): Where the buffers live. ``None`` keeps each beside its parameter.
+        snapshot_folder (Path | str, optional): Where the rule's snapshots live on disk, in files that are gone with the
+            process. ``None`` keeps them with the other buffers.
 
     Attributes:
         num_updates (int): The updates done.
@@ -88,6 +92,7 @@ class AverageState:
         average_buffers: bool = True,
         nonfinite: NonFinite = 'raise',
         device: Optional[Union[torch.device, str]] = None,
+        snapshot_folder: Optional[Union[Path, str]] = None,
     ) -> None:
         if nonfinite not in ('raise', 'skip', 'ignore'):
             raise ValueError(f"nonfinite must be 'raise', 'skip' or 'ignore', but is {nonfinite!r}.")
@@ -95,6 +100,7 @@ class AverageState:
         self.average_buffers = average_buffers
         self.nonfinite = nonfinite
         self.device = None if device is None else _parse_device(device)
+        self.snapshot_folder = None if snapshot_folder is None else Path(snapshot_folder)
         self.num_updates = 0
         self.num_skipped = 0
         self._groups: list[_Group] = []
@@ -111,6 +117,12 @@ class AverageState:
         """Whether a model holds the average while its training weights rest here."""
         return self._swap is not None
 
+    def change_rule(self, rule: Rule) -> None:
+        """Goes on with the same buffers under another rule of the same kind."""
+        self.rule = rule
+        for group, changed in zip(self._groups, (rule, rule.statistics), strict=False):
+            group.rule = changed
+
     def start(self, model: torch.nn.Module) -> None:
         """Takes every buffer, theta_0 included, from the weights of ``model``."""
         self._require_training_weights('start')
@@ -119,7 +131,7 @@ class AverageState:
             raise ValueError('The model has no trainable parameters, so there is nothing to average.')
         self._shards = parameter_shards(model)
         self._groups = [
-            _Group(rule, {name: self._snapshot(tensors, name in rule.constants) for name in rule.buffers})
+            _Group(rule, {name: self._new_buffer(name, rule, tensors) for name in rule.buffers})
             for rule, tensors in averaged
         ]
         self.num_updates = self.num_skipped = 0
@@ -301,9 +313,11 @@ class AverageState:
         return [(self.rule, parameters), (self.rule.statistics, statistics), (Latest(), copied)]
 
     @torch.no_grad()
-    def _snapshot(self, tensors: Mapping[str, torch.Tensor], constant: bool) -> dict[str, torch.Tensor]:
+    def _new_buffer(self, name: str, rule: Rule, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns copies of ``tensors`` as a buffer keeps them."""
-        narrow = self._fit_in_16_bits(tensors) if constant else {}
+        if name in rule.snapshots:
+            return {n: self._kept_snapshot(t, t.dtype, t) for n, t in tensors.items()}
+        narrow = self._fit_in_16_bits(tensors) if name in rule.constants else {}
         return {n: self._kept(t, narrow.get(n, _buffer_dtype(t)), t) for n, t in tensors.items()}
 
     def _fit_in_16_bits(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
@@ -342,11 +356,20 @@ class AverageState:
         copy = tensor.to(device=live.device if self.device is None else self.device, dtype=dtype, copy=True)
         return copy.pin_memory() if copy.device.type == 'cpu' and live.device.type == 'cuda' else copy
 
+    def _kept_snapshot(self, tensor: torch.Tensor, dtype: torch.dtype, live: torch.Tensor) -> torch.Tensor:
+        """Returns a copy where the snapshots of ``live`` are kept; not pinned, for there may be many."""
+        if self.snapshot_folder is None:
+            return tensor.to(device=live.device if self.device is None else self.device, dtype=dtype, copy=True)
+        self.snapshot_folder.mkdir(parents=True, exist_ok=True)
+        return copy_in_file(tensor, dtype, self.snapshot_folder)
+
     def _tensors_to_average(self, named: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Returns, a group each, the tensors to update from. A parameter that froze keeps its average."""
+        """Returns, a group each, the tensors to update from. A parameter that froze keeps its average if it can."""
         _require_no_newcomers(named, self._groups[0].average)
         parameters, *others = (matching_tensors(group.average, named) for group in self._groups)
-        return [{n: t for n, t in parameters.items() if named[n].requires_grad}, *others]
+        if not self.rule.counts_updates:
+            parameters = {n: t for n, t in parameters.items() if named[n].requires_grad}
+        return [parameters, *others]
 
     def _all_finite(self, theta: list[dict[str, torch.Tensor]], step: int) -> bool:
         tensors = {
@@ -384,7 +407,7 @@ class AverageState:
                 f'another rule, with {sorted(saved)}.',
             )
         (rule, _), *others = self._averaged_tensors(model)
-        # A module buffer is saved once, under whichever rule it had then.
+        # A module buffer may have been saved under another rule.
         anywhere = {n: tensor for tensors in saved.values() for n, tensor in tensors.items()}
         module_buffers = {n for _, tensors in others for n in tensors}
         # The saved parameters rather than the trainable ones: some may have frozen since.
@@ -392,28 +415,32 @@ class AverageState:
         for n, tensor in named.items():
             if tensor.requires_grad and n not in parameters:
                 raise ValueError(f"The saved average has no tensor '{n}', which the model trains.")
-        groups = [
-            _Group(rule, {b: self._restored(saved[b], parameters, named, b in rule.constants) for b in rule.buffers}),
-        ]
+        groups = [_Group(rule, {b: self._restored(b, rule, saved[b], parameters, named) for b in rule.buffers})]
         for other, tensors in others:
-            groups.append(_Group(other, {b: self._restored(anywhere, tensors, named) for b in other.buffers}))
+            found = {b: {**anywhere, **saved.get(b, {})} for b in other.buffers}
+            groups.append(_Group(other, {b: self._restored(b, other, found[b], tensors, named) for b in found}))
         return groups
 
     @torch.no_grad()
     def _restored(
         self,
+        buffer: str,
+        rule: Rule,
         saved: Mapping[str, torch.Tensor],
         names: Iterable[str],
         named: Mapping[str, torch.Tensor],
-        constant: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Returns copies of saved tensors as a buffer keeps them."""
         restored = {}
         for n in names:
             if n not in saved:
                 raise ValueError(f"The saved average has no tensor '{n}', which the model has.")
-            dtype = saved[n].dtype if constant else _buffer_dtype(named[n])
-            restored[n] = self._kept(saved[n], dtype, named[n])
+            if buffer in rule.snapshots:
+                dtype = torch.promote_types(saved[n].dtype, named[n].dtype)
+                restored[n] = self._kept_snapshot(saved[n], dtype, named[n])
+            else:
+                dtype = saved[n].dtype if buffer in rule.constants else _buffer_dtype(named[n])
+                restored[n] = self._kept(saved[n], dtype, named[n])
         return restored
 
     def _require_start(self) -> None:

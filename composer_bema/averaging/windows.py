@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 from composer_bema.averaging.rules import THETA, Lerp, LinearStep
 
-__all__ = ['DecayShape', 'SWAWindow', 'Window', 'merge_weights', 'require_count']
+__all__ = ['DecayShape', 'SWAWindow', 'Window', 'merge_weights', 'require_count', 'swa_window_rule']
 
 DecayShape = Literal['linear', '1-sqrt', 'cosine']
 
@@ -61,6 +61,7 @@ class Window:
     size: int
     decay: DecayShape = 'linear'
     constants = ()
+    counts_updates = True
     average = 'window'
 
     def __post_init__(self) -> None:
@@ -69,8 +70,12 @@ class Window:
             raise ValueError(f'decay must be one of {", ".join(_DECAYS)}, but is {self.decay!r}.')
 
     @property
+    def snapshots(self) -> tuple[str, ...]:
+        return tuple(f'snapshot_{slot}' for slot in range(self.size))
+
+    @property
     def buffers(self) -> tuple[str, ...]:
-        return (*(f'snapshot_{slot}' for slot in range(self.size)), self.average)
+        return (*self.snapshots, self.average)
 
     @property
     def statistics(self) -> Window:
@@ -106,6 +111,8 @@ class SWAWindow:
     updates: int
     periods: int = 1
     constants = ()
+    snapshots = ()
+    counts_updates = True
     average = 'swa'
 
     def __post_init__(self) -> None:
@@ -130,6 +137,29 @@ class SWAWindow:
         elif whole == 0:
             rows.append(Lerp(self.average, 'running', 1.0))
         return LinearStep(tuple(rows), {})
+
+
+def swa_window_rule(horizon: int, update_freq: int, period: Optional[int] = None) -> SWAWindow:
+    """Returns the mean of the last ``horizon`` steps that make up whole periods.
+
+    Args:
+        horizon (int): In steps; a multiple of ``period``.
+        update_freq (int): phi, the steps between two updates.
+        period (int, optional): In steps; a multiple of ``update_freq``. Default: ``horizon``.
+
+    Raises:
+        TypeError: If one is no whole number.
+        ValueError: If one is below 1, or no multiple of what it has to be.
+    """
+    require_count('horizon', horizon)
+    period = horizon if period is None else period
+    require_count('period', period)
+    if period % update_freq:
+        name = 'horizon' if period == horizon else 'period'
+        raise ValueError(f'{name} is {period}, which is no multiple of the {update_freq} steps between two updates.')
+    if horizon % period:
+        raise ValueError(f'horizon is {horizon}, which is no multiple of period, {period}.')
+    return SWAWindow(period // update_freq, horizon // period)
 
 
 def require_count(name: str, value: object) -> None:

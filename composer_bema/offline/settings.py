@@ -13,7 +13,7 @@ from typing import Any, Literal, Optional, get_args
 
 from composer_bema.averaging.decay import ConstantDecay, PowerDecay, reference_decay
 from composer_bema.averaging.rules import BEMA, DEMA, EMA, OUEMA, Rule, bema_rule, dema_rule, ema_rule, ouema_rule
-from composer_bema.averaging.windows import DecayShape, SWAWindow, Window, require_count
+from composer_bema.averaging.windows import DecayShape, SWAWindow, Window, require_count, swa_window_rule
 
 __all__ = ['RULES', 'Schedule', 'Setting', 'settings_of']
 
@@ -35,17 +35,9 @@ def swa_window(horizon: int, update_freq: Optional[int], period: Optional[int] =
         update_freq (int, optional): The steps between two updates; None if they differ, which is an error.
         period (int, optional): In steps; a multiple of ``update_freq``. Default: ``horizon``.
     """
-    require_count('horizon', horizon)
-    period = horizon if period is None else period
-    require_count('period', period)
     if update_freq is None:
         raise ValueError('swa_window needs checkpoints that are evenly spaced: give an update_freq that picks such.')
-    if period % update_freq:
-        name = 'horizon' if period == horizon else 'period'
-        raise ValueError(f'{name} is {period}, which is no multiple of the {update_freq} steps between two updates.')
-    if horizon % period:
-        raise ValueError(f'horizon is {horizon}, which is no multiple of period, {period}.')
-    return SWAWindow(period // update_freq, horizon // period)
+    return swa_window_rule(horizon, update_freq, period)
 
 
 def decay_merge(window: int, decay: DecayShape = 'linear') -> Window:

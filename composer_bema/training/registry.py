@@ -52,7 +52,11 @@ REGISTRY: dict[str, dict[str, str]] = {
     },
     'algorithms': {
         'bema': 'composer_bema.algorithms:BEMA',
+        'dema': 'composer_bema.algorithms:DEMA',
         'ema': 'composer_bema.algorithms:EMA',
+        'lawa': 'composer_bema.algorithms:LAWA',
+        'ouema': 'composer_bema.algorithms:OUEMA',
+        'swa_window': 'composer_bema.algorithms:SWAWindow',
         'gradient_clipping': 'composer.algorithms:GradientClipping',
         'low_precision_layernorm': 'composer.algorithms:LowPrecisionLayerNorm',
     },

@@ -15,6 +15,7 @@ from composer.utils import create_interval_scheduler
 from composer_bema import BEMA, EMA
 from composer_bema.algorithms.weight_averaging import averages_among
 from composer_bema.formats.entries import unpack_entry
+from tests.algorithms.family import FAMILY
 from tests.algorithms.runs import Record, make_classifier, make_evaluator, make_trainer, same, weights_of
 
 
@@ -71,14 +72,14 @@ def assert_equal(one, other, path=''):
 
 
 @pytest.mark.parametrize('model', [make_classifier, make_bf16_classifier])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, model):
+@pytest.mark.parametrize('name', FAMILY)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name, model):
     """Saved before the burn-in, at it, between updates, at an update, within and at the end of an epoch."""
 
     def settings():
-        return [
-            BEMA('4ba', '7ba', eval_labels=['eval'], save_weights='average'),
-            EMA('9ba', update_freq='1ep', eval_labels=[]),
-        ]
+        average = FAMILY[name](update_freq='4ba', update_after='7ba', eval_labels=['eval'], save_weights='average')
+        other = BEMA if name == 'EMA' else EMA
+        return [average, other(half_life='9ba', update_freq='1ep', eval_labels=[])]
 
     folder = str(tmp_path)
     whole, losses = run(*settings(), model=model(), save_folder=folder, save_interval='1ba', eval_interval='5ba')
@@ -149,21 +150,28 @@ def test_a_saver_that_decides_for_itself_finds_the_average():
     trainer.close()
 
 
-def test_a_checkpoint_holds_the_average_and_the_training_weights(tmp_path):
-    bema = BEMA('4ba')
+def test_a_checkpoint_holds_the_average_and_the_training_weights(tmp_path, make_average):
+    averaging = make_average(update_freq='4ba')
+    name, rule = type(averaging).__name__, averaging.average.rule
     training = Record(lambda state: weights_of(state.model), Event.BATCH_END)
-    average = Record(lambda state: bema.averaged_state_dict() if bema.average.num_updates else None, Event.BATCH_END)
-    run(bema, save_folder=str(tmp_path), save_interval='6ba', callbacks=[training, average], max_duration='12ba')
+    average = Record(
+        lambda state: averaging.averaged_state_dict() if averaging.average.num_updates else None, Event.BATCH_END
+    )
+    run(averaging, save_folder=str(tmp_path), save_interval='6ba', callbacks=[training, average], max_duration='12ba')
     state = torch.load(tmp_path / 'ep0-ba6-rank0.pt', weights_only=False)['state']
-    assert dict(state['algorithms'])['BEMA']['model_holds'] == 'average'
-    entry = entry_of(tmp_path / 'ep0-ba6-rank0.pt')
+    assert dict(state['algorithms'])[name]['model_holds'] == 'average'
+    entry = entry_of(tmp_path / 'ep0-ba6-rank0.pt', name)
     assert entry['model_holds'] == 'average'
     assert_equal(dict(state['model']), average.seen[6])
     assert same(entry['training_weights'], {n: training.seen[6][n] for n in entry['training_weights']})
-    assert entry['buffers'].keys() == {'theta_0', 'ema'}
-    assert entry['digests'].keys() == {'theta_0', 'ema', 'bema', 'latest', 'training_weights'}
-    # What the model holds is not in the file a second time.
-    assert 'module.7.bias' in entry['buffers']['ema'] and 'module.1.running_mean' not in entry['buffers']['ema']
+    buffers = {*rule.buffers, *rule.statistics.buffers}
+    assert entry['digests'].keys() == {*buffers, 'latest', 'training_weights'}
+    if averaging.average.device is None:
+        # What the model holds is not in the file a second time.
+        for held, names in ((rule, 'module.7.bias'), (rule.statistics, 'module.1.running_mean')):
+            others = [buffer for buffer in held.buffers if buffer != held.average]
+            assert all(names in entry['buffers'][buffer] for buffer in others)
+            assert names not in entry['buffers'].get(held.average, {})
 
 
 def test_what_an_average_stores_needs_no_pickle(tmp_path):
@@ -203,11 +211,14 @@ class IntervalSaver(Callback):
 
 
 @pytest.mark.parametrize('save_weights', ['average', 'training'])
-def test_every_saver_finds_the_weights_that_were_asked_for(save_weights):
-    bema, saver, interval_saver = BEMA('4ba', save_weights=save_weights), Saver(), IntervalSaver()
+def test_every_saver_finds_the_weights_that_were_asked_for(save_weights, make_average):
+    averaging = make_average(update_freq='4ba', save_weights=save_weights)
+    saver, interval_saver = Saver(), IntervalSaver()
     training = Record(lambda state: weights_of(state.model), Event.BATCH_END)
-    average = Record(lambda state: bema.averaged_state_dict() if bema.average.num_updates else None, Event.BATCH_END)
-    run(bema, callbacks=[saver, interval_saver, training, average])
+    average = Record(
+        lambda state: averaging.averaged_state_dict() if averaging.average.num_updates else None, Event.BATCH_END
+    )
+    run(averaging, callbacks=[saver, interval_saver, training, average])
     for key, found in {
         **saver.found,
         **{f'batch {step}': found for step, found in interval_saver.found.items()},
@@ -353,12 +364,12 @@ def test_composers_ema_in_a_checkpoint_is_recognised(tmp_path):
     trainer.close()
 
 
-def test_evaluating_a_loaded_checkpoint_sees_the_average(tmp_path):
-    bema = BEMA('4ba')
-    run(bema, save_folder=str(tmp_path), max_duration='8ba')
-    training, averaged = weights_of(bema._run.model), bema.averaged_state_dict()
+def test_evaluating_a_loaded_checkpoint_sees_the_average(tmp_path, make_average):
+    average = make_average(update_freq='4ba')
+    run(average, save_folder=str(tmp_path), max_duration='8ba')
+    training, averaged = weights_of(average._run.model), average.averaged_state_dict()
     seen = Record(lambda state: weights_of(state.model), Event.EVAL_BATCH_END)
-    loaded = BEMA('4ba')
+    loaded = make_average(update_freq='4ba')
     trainer = make_trainer(loaded, load_path=str(tmp_path / 'ep0-ba8-rank0.pt'), callbacks=[seen])
     assert same(weights_of(trainer.state.model), training)
     trainer.eval(make_evaluator('eval'))

@@ -13,6 +13,7 @@ from composer.core import DataSpec
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_bema import BEMA, EMA
+from tests.algorithms.family import FAMILY, REPLACING
 from tests.algorithms.runs import (
     Record,
     make_classifier,
@@ -137,7 +138,8 @@ def test_a_half_life_may_have_another_unit(half_life, update_freq, elapsed):
     torch.testing.assert_close(average[second], (1 - beta) * expected + beta * theta[second])
 
 
-def test_training_is_the_same_with_and_without_an_average():
+@pytest.mark.parametrize('name', [name for name in FAMILY if name != REPLACING])
+def test_training_is_the_same_with_and_without_an_average(name):
     """Averaging, evaluating and saving leave the training weights bit for bit alone, everywhere in the loop."""
 
     def run(*algorithms, **kwargs):
@@ -146,25 +148,30 @@ def test_training_is_the_same_with_and_without_an_average():
         trainer.close()
         return weights_of(trainer.state.model)
 
-    evaluators = [make_evaluator(label) for label in ('training', 'ema', 'bema')]
+    other = BEMA if name == 'EMA' else EMA
+    averages = FAMILY[name](update_freq='3ba', eval_labels=['average']), other(update_freq='5ba', eval_labels=['other'])
+    labels = ('training', 'other', 'average')
+    evaluators = [make_evaluator(label) for label in labels]
     busy = {'eval_dataloader': evaluators, 'eval_interval': '1ba', 'callbacks': [TrainingWeights()]}
-    plain = run(eval_dataloader=[make_evaluator(label) for label in ('training', 'ema', 'bema')], eval_interval='1ba')
-    assert same(plain, run(BEMA('3ba', eval_labels=['bema']), EMA('5ba', eval_labels=['ema']), **busy))
+    plain = run(eval_dataloader=[make_evaluator(label) for label in labels], eval_interval='1ba')
+    assert same(plain, run(*averages, **busy))
 
 
-def test_each_evaluator_sees_its_own_average():
-    ema, bema = EMA('4ba', eval_labels=['ema']), BEMA('2ba', eval_labels=['bema', 'predict'])
+@pytest.mark.parametrize('name', FAMILY)
+def test_each_evaluator_sees_its_own_average(name):
+    other = (BEMA if name == 'EMA' else EMA)(update_freq='4ba', eval_labels=['other'])
+    average = FAMILY[name](update_freq='2ba', eval_labels=['average', 'predict'])
     seen = {}
 
     def look(state):
-        if state.timestamp.batch == 6:
+        if state.timestamp.batch == 7:
             seen[state.dataloader_label] = weights_of(state.model)
 
-    labels = ['bema', 'training', 'ema']
+    labels = ['average', 'training', 'other']
     trainer = make_trainer(
-        ema,
-        bema,
-        max_duration='6ba',
+        other,
+        average,
+        max_duration='7ba',
         eval_dataloader=[make_evaluator(label) for label in labels],
         eval_interval='3ba',
         callbacks=[Record(look, Event.EVAL_BATCH_END, Event.PREDICT_BATCH_END), TrainingWeights()],
@@ -173,26 +180,27 @@ def test_each_evaluator_sees_its_own_average():
     training = weights_of(trainer.state.model)
     trainer.predict(make_loader(16, shuffle=False))
     assert same(seen['training'], training)
-    for label, average in (('ema', ema), ('bema', bema), ('predict', bema)):
-        expected = average.averaged_state_dict()
+    for label, seeing in (('other', other), ('average', average), ('predict', average)):
+        expected = seeing.averaged_state_dict()
         assert not same(seen[label], training)
         assert all(torch.equal(seen[label][name], expected[name]) for name in seen[label])
     assert same(weights_of(trainer.state.model), training)
     trainer.close()
 
 
-def test_nothing_is_swapped_before_the_first_update():
+def test_nothing_is_swapped_before_the_first_update(make_average):
     seen = Record(lambda state: weights_of(state.model), Event.EVAL_BATCH_END)
     left = Record(lambda state: weights_of(state.model), Event.BATCH_END)
-    bema = BEMA('5ba')
+    average = make_average(update_freq='4ba')
     trainer = make_trainer(
-        bema, max_duration='5ba', eval_dataloader=make_evaluator('eval'), eval_interval='1ba', callbacks=[seen, left]
+        average, max_duration='5ba', eval_dataloader=make_evaluator('eval'), eval_interval='1ba', callbacks=[seen, left]
     )
-    with pytest.raises(ValueError, match='no BEMA update yet'):
-        bema.get_bema_model(trainer.state.model)
+    with pytest.raises(ValueError, match=f'no {type(average).__name__} update yet'):
+        average.get_averaged_model(trainer.state.model)
     trainer.fit()
     trainer.close()
-    assert [step for step in range(1, 6) if same(seen.seen[step], left.seen[step])] == [1, 2, 3, 4]
+    assert [step for step in range(1, 4) if same(seen.seen[step], left.seen[step])] == [1, 2, 3]
+    assert not same(seen.seen[5], left.seen[5])
 
 
 def test_logs_coefficients_and_distance():
@@ -212,11 +220,13 @@ def test_logs_coefficients_and_distance():
 
 
 @pytest.mark.parametrize('event', [Event.EVAL_START, Event.EVAL_BATCH_END, Event.EVAL_END])
-def test_a_failed_evaluation_leaves_training_weights(tmp_path, event):
+def test_a_failed_evaluation_leaves_training_weights(tmp_path, event, make_average):
     """After an exception in an evaluation, fit goes on from the training weights and data, and saving saves those."""
     evaluator = {'eval_dataloader': make_evaluator('eval'), 'eval_interval': '2ba'}
     left = Record(lambda state: weights_of(state.model), Event.BATCH_END)
-    trainer = make_trainer(BEMA('2ba'), max_duration='6ba', callbacks=[left, FailIn(event)], **evaluator)
+    trainer = make_trainer(
+        make_average(update_freq='2ba'), max_duration='6ba', callbacks=[left, FailIn(event)], **evaluator
+    )
     with pytest.raises(OSError, match='evaluation failed'):
         trainer.fit()
     for weights_only in (True, False):
@@ -257,37 +267,37 @@ def test_a_copy_of_a_model_has_no_tie_to_the_run(tmp_path):
     trainer.close()
 
 
-def test_averaged_and_training_model():
-    bema = BEMA('1ba')
-    trainer = make_trainer(bema, max_duration='3ba')
+def test_averaged_and_training_model(make_average):
+    average = make_average(update_freq='2ba')
+    trainer = make_trainer(average, max_duration='7ba')
     trainer.fit()
-    live, training, averaged = trainer.state.model, weights_of(trainer.state.model), bema.averaged_state_dict()
+    live, training, averaged = trainer.state.model, weights_of(trainer.state.model), average.averaged_state_dict()
     other = make_classifier()
-    assert same(weights_of(bema.get_bema_model(other)), {n: averaged[n] for n in training})
+    assert same(weights_of(average.get_averaged_model(other)), {n: averaged[n] for n in training})
     assert same(weights_of(live), training)
     with pytest.raises(ValueError, match='training weights are in the model'):
-        bema.get_training_model(live)
-    assert bema.get_bema_model(live) is live
+        average.get_training_model(live)
+    assert average.get_averaged_model(live) is live
     assert same(weights_of(live), {n: averaged[n] for n in training})
     # What the user put there stays for whoever exports it.
     assert torch.equal(live.state_dict()['module.7.bias'], averaged['module.7.bias'])
-    with pytest.raises(ValueError, match='BEMA weights are in the model already'):
-        bema.get_bema_model(live)
-    assert same(weights_of(bema.get_training_model(make_classifier())), training)
-    assert same(weights_of(bema.get_training_model(live)), training)
-    assert same(weights_of(bema.get_training_model(make_classifier())), training)
+    with pytest.raises(ValueError, match=f'{type(average).__name__} weights are in the model already'):
+        average.get_averaged_model(live)
+    assert same(weights_of(average.get_training_model(make_classifier())), training)
+    assert same(weights_of(average.get_training_model(live)), training)
+    assert same(weights_of(average.get_training_model(make_classifier())), training)
     # A part of the model is the model; one that merely shares a frozen tensor is not.
-    assert bema.get_bema_model(live.module) is live.module
+    assert average.get_averaged_model(live.module) is live.module
     assert same(weights_of(live), {n: averaged[n] for n in training})
-    bema.get_training_model(live)
+    average.get_training_model(live)
     other = make_classifier()
     other.module[0].weight = live.module[0].weight
-    assert same(weights_of(bema.get_bema_model(other)), {n: averaged[n] for n in training})
+    assert same(weights_of(average.get_averaged_model(other)), {n: averaged[n] for n in training})
     assert same(weights_of(live), training)
     # The next step trains on the training weights, even if the average was left in.
-    bema.get_bema_model(live)
+    average.get_averaged_model(live)
     trainer.fit(duration='1ba')
-    assert not bema.average.swapped
+    assert not average.average.swapped
     trainer.close()
 
 
@@ -378,42 +388,45 @@ def test_averaging_beside_composers_other_algorithms():
     assert bema.average.num_updates == 3
 
 
-def test_an_algorithm_can_be_pickled():
+def test_an_algorithm_can_be_pickled(make_average):
     import pickle
 
-    assert repr(pickle.loads(pickle.dumps(BEMA('3ba', lag=5)))) == repr(BEMA('3ba', lag=5))
+    average = make_average(update_freq='3ba', save_weights='training')
+    assert repr(pickle.loads(pickle.dumps(average))) == repr(average)
 
 
-def test_averaged_state_dict_loads_into_a_fresh_model():
-    bema = BEMA('1ba')
-    trainer = make_trainer(bema, max_duration='3ba')
+def test_averaged_state_dict_loads_into_a_fresh_model(make_average):
+    average = make_average(update_freq='1ba')
+    trainer = make_trainer(average, max_duration='3ba')
     trainer.fit()
     fresh = make_classifier()
-    fresh.load_state_dict(bema.averaged_state_dict(), strict=True)
-    assert same(weights_of(fresh), weights_of(bema.get_bema_model(make_classifier())))
+    fresh.load_state_dict(average.averaged_state_dict(), strict=True)
+    assert same(weights_of(fresh), weights_of(average.get_averaged_model(make_classifier())))
     trainer.close()
 
 
-def test_nonfinite_weights():
+def test_nonfinite_weights(make_average):
     class Poison(Callback):
         def batch_end(self, state, logger):
             if state.timestamp.batch == 3:
                 state.model.module[7].bias.data[1] = float('nan')
 
-    bema = BEMA('2ba')
-    trainer = make_trainer(bema, callbacks=[Poison()])
+    average = make_average(update_freq='2ba')
+    trainer = make_trainer(average, callbacks=[Poison()])
     with pytest.raises(FloatingPointError, match=r"After step 4 'module\.\d+\.bias' holds a NaN"):
         trainer.fit()
     trainer.close()
-    assert all(torch.isfinite(tensor.float()).all() for tensor in bema.averaged_state_dict().values())
+    assert all(torch.isfinite(tensor.float()).all() for tensor in average.averaged_state_dict().values())
 
-    bema = BEMA('2ba', nonfinite='skip')
-    record = Record(lambda state: bema.averaged_state_dict() if bema.average.num_updates else None, Event.BATCH_END)
-    trainer = make_trainer(bema, max_duration='6ba', callbacks=[Poison(), record])
+    average = make_average(update_freq='2ba', nonfinite='skip')
+    record = Record(
+        lambda state: average.averaged_state_dict() if average.average.num_updates else None, Event.BATCH_END
+    )
+    trainer = make_trainer(average, max_duration='6ba', callbacks=[Poison(), record])
     trainer.fit()
     trainer.close()
-    assert (bema.average.num_updates, bema.average.num_skipped) == (1, 2)
-    assert all(torch.equal(record.seen[2][name], bema.averaged_state_dict()[name]) for name in ('module.7.bias',))
+    assert (average.average.num_updates, average.average.num_skipped) == (1, 2)
+    assert all(torch.equal(record.seen[2][name], average.averaged_state_dict()[name]) for name in ('module.7.bias',))
 
 
 @pytest.mark.parametrize(
@@ -474,12 +487,12 @@ def test_a_parameter_may_freeze_but_not_thaw():
     trainer.close()
 
 
-def test_one_object_in_one_trainer_after_another():
-    bema = BEMA('2ba')
+def test_one_object_in_one_trainer_after_another(make_average):
+    average = make_average(update_freq='2ba')
     averages = []
     for _ in range(2):
-        trainer = make_trainer(bema, max_duration='6ba')
+        trainer = make_trainer(average, max_duration='6ba')
         trainer.fit()
-        averages.append(bema.averaged_state_dict())
+        averages.append(average.averaged_state_dict())
         trainer.close()
     assert same(*averages)
