@@ -31,7 +31,7 @@ def copy_in_file(tensor: torch.Tensor, dtype: torch.dtype, folder: Path) -> torc
         return values.clone()
     with tempfile.NamedTemporaryFile(dir=folder, prefix='snapshot-') as file:
         # Written, and not only made as long: a write to a mapped file that finds the disk full kills the process.
-        values.view(-1).view(torch.uint8).numpy().tofile(file)
+        file.write(values.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         mapped = torch.from_file(file.name, shared=True, size=values.numel(), dtype=dtype)
     return mapped.view(values.shape)

@@ -16,11 +16,12 @@ from unittest import mock
 
 import pytest
 import torch
-from composer import Evaluator, Event, State
+from composer import Algorithm, Evaluator, Event, State
 from composer.utils.object_store import ObjectStore
 from torch.distributed.checkpoint import FileSystemReader
 
 from composer_bema import BEMA, EMA
+from tests.algorithms.family import FAMILY
 from tests.algorithms.test_checkpointing import assert_equal
 from tests.distributed.averages import everything
 from tests.distributed.programs import TOPOLOGIES, Look, full_weights, make_loader, make_model, running, train
@@ -64,8 +65,8 @@ def look(state: State) -> Any:
     return everything(state) if state.timestamp.batch.value in (*SAVED_STEPS, LAST_STEP) else None
 
 
-def average(save_weights: str) -> list[Callable[[], BEMA]]:
-    return [functools.partial(BEMA, '2ba', '2ba', save_weights=save_weights)]
+def average(save_weights: str, kind: str = 'BEMA') -> list[Callable[[], Algorithm]]:
+    return [functools.partial(FAMILY[kind], update_freq='2ba', update_after='2ba', save_weights=save_weights)]
 
 
 def run_uninterrupted(name: str, folder: Path) -> dict[str, Any]:
@@ -159,17 +160,25 @@ def run_and_resume(name: str, folder: Path, **kwargs: Any) -> tuple[Looks, Looks
     return whole, run(load_path=TOPOLOGIES[name].checkpoint(folder, 5))
 
 
-def run_and_resume_in_bf16(name: str, folder: Path) -> list[tuple[Looks, Looks]]:
+def run_and_resume_in_bf16(name: str, kind: str, folder: Path) -> list[tuple[Looks, Looks]]:
     return [
-        run_and_resume(name, folder / weights, algorithms=average(weights), **RUN, dtype=torch.bfloat16, tied=True)
+        run_and_resume(
+            name, folder / weights, algorithms=average(weights, kind), **RUN, dtype=torch.bfloat16, tied=True
+        )
         for weights in ('average', 'training')
     ]
 
 
-@pytest.mark.parametrize('name', ['ddp', 'fsdp1', 'fsdp1-full', 'fsdp2', 'fsdp2-full'])
-def test_bf16_and_tied_weights_are_resumed_as_they_were(tmp_path, name):
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        *((name, 'BEMA') for name in ('ddp', 'fsdp1', 'fsdp1-full', 'fsdp2', 'fsdp2-full')),
+        *(('fsdp2', kind) for kind in FAMILY if kind != 'BEMA'),
+    ],
+)
+def test_bf16_and_tied_weights_are_resumed_as_they_were(tmp_path, name, kind):
     """An average in fp32 does not fit into a model in bf16, and a tied weight is saved once."""
-    for runs in run_ranks(run_and_resume_in_bf16, TOPOLOGIES[name].world_size, name, tmp_path):
+    for runs in run_ranks(run_and_resume_in_bf16, TOPOLOGIES[name].world_size, name, kind, tmp_path):
         for whole, rest in runs:
             assert_is_rest(rest, whole, 5)
 

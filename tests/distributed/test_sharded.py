@@ -27,11 +27,13 @@ from torch.utils._pytree import tree_leaves
 
 from composer_bema import BEMA
 from composer_bema import functional as cf
-from composer_bema.algorithms.weight_averaging import averages_among
+from composer_bema.algorithms.weight_averaging import WeightAveraging, averages_among
 from composer_bema.averaging.parameters import local_tensor, named_parameters
+from composer_bema.averaging.rules import Rule
 from composer_bema.averaging.sharding import FlatShard
 from composer_bema.averaging.state import AverageState
 from composer_bema.formats.entries import pack_entry, unpack_entry
+from tests.algorithms.family import FAMILY, FUNCTIONS, REPLACING
 from tests.algorithms.test_checkpointing import assert_equal
 from tests.distributed.averages import averages_and_weights
 from tests.distributed.programs import (
@@ -50,18 +52,30 @@ from tests.distributed.ranks import run_ranks
 SHARDED = ['fsdp1', 'fsdp1-grad-op', 'fsdp1-hybrid', 'fsdp2', 'fsdp2-grad-op']
 ACCUMULATED = {'device_train_microbatch_size': 2}
 COMPILED = {'compile_config': {'backend': 'eager'}}
-# Topologies, and the other arguments of the Trainer.
-RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ['ddp', *SHARDED]},
-    **{f'{name}-compiled': (name, {**COMPILED, **ACCUMULATED}) for name in ('ddp', 'fsdp1', 'fsdp2')},
+
+
+class Setup(NamedTuple):
+    topology: str
+    average: str = 'BEMA'
+    kwargs: dict[str, Any] = {}
+    """The other arguments of the Trainer."""
+
+
+RUNS = {
+    **{name: Setup(name) for name in ['ddp', *SHARDED]},
+    **{f'{name}-compiled': Setup(name, kwargs={**COMPILED, **ACCUMULATED}) for name in ('ddp', 'fsdp1', 'fsdp2')},
+    **{f'fsdp2, {average}': Setup('fsdp2', average) for average in FUNCTIONS if average != 'BEMA'},
 }
 # With theta_0 of step 1.
 UPDATES = (3, 5)
 LAST_STEP = 6
 
 
-def bema(**settings: Any) -> Callable[[], BEMA]:
-    return functools.partial(BEMA, '2ba', '1ba', **settings)
+def make(average: str, **settings: Any) -> Callable[[], WeightAveraging]:
+    return functools.partial(FAMILY[average], update_freq='2ba', update_after='1ba', **settings)
+
+
+bema = functools.partial(make, 'BEMA')
 
 
 class Communication(TorchDispatchMode):
@@ -142,8 +156,8 @@ def sizes(state: State) -> dict[str, dict[str, tuple[str, int]]]:
     return held
 
 
-def follow_with_and_without(name: str, **kwargs: Any) -> dict[str, Followed]:
-    return {'with': follow(name, [bema()], **kwargs), 'without': follow(name, [], **kwargs)}
+def follow_with_and_without(name: str, average: str, **kwargs: Any) -> dict[str, Followed]:
+    return {'with': follow(name, [make(average)], **kwargs), 'without': follow(name, [], **kwargs)}
 
 
 def follow_on_the_host(name: str) -> Followed:
@@ -156,8 +170,8 @@ def followed() -> Callable[[str], list[dict[str, Followed]]]:
 
     @functools.cache
     def run(name: str) -> list[dict[str, Followed]]:
-        topology, kwargs = RUNS[name]
-        return run_ranks(follow_with_and_without, TOPOLOGIES[topology].world_size, topology, **kwargs)
+        topology, average, kwargs = RUNS[name]
+        return run_ranks(follow_with_and_without, TOPOLOGIES[topology].world_size, topology, average, **kwargs)
 
     return run
 
@@ -172,11 +186,10 @@ def model_with(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
 def test_the_average_is_that_of_the_whole_weights(followed, name):
     """Number for number what the functional face makes of the weights of each step, brought together."""
     seen = followed(name)[0]['with'].steps
-    average = cf.init_bema(model_with(seen['batch_end', 1]['weights']), update_freq=2)
+    average = FUNCTIONS[RUNS[name].average](make_model(), update_freq=2, update_after=1)
     for step in range(1, LAST_STEP + 1):
-        if step in UPDATES:
-            average.update(model_with(seen['batch_end', step]['weights']), step)
-        found, expected = seen['batch_end', step]['averages']['BEMA'], average.state_dict()
+        assert cf.compute_average(model_with(seen['batch_end', step]['weights']), average) == (step in UPDATES)
+        (found,), expected = seen['batch_end', step]['averages'].values(), average.state_dict()
         for key in ('buffers', 'digests', 'num_updates'):
             assert_equal(found[key], expected[key])
     assert average.num_updates == len(UPDATES)
@@ -207,7 +220,8 @@ def test_evaluations_and_predictions_see_the_average(followed, name):
             if step == 2:
                 assert close(outputs, predict(training, batch))
             else:
-                assert close(outputs, predict({**training, **averaged(averages['batch_end', step])}, batch))
+                average = averaged(averages['batch_end', step], RUNS[name].average)
+                assert close(outputs, predict({**training, **average}, batch))
                 assert not close(outputs, predict(training, batch))
         assert close(seen.predictions[0], seen.evaluations['eval_batch_end', 4][1])
 
@@ -225,10 +239,17 @@ def without_statistics(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {n: tensor for n, tensor in weights.items() if not n.startswith('module.1.running')}
 
 
-def averaged(seen: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The average of every tensor that has one; the rules of module buffers keep it in other buffers."""
-    buffers = seen['averages']['BEMA']['buffers']
-    return {**buffers['latest'], **buffers['ema'], **buffers['bema']}
+def averaged(seen: dict[str, Any], average: str = 'BEMA') -> dict[str, torch.Tensor]:
+    """The average of every tensor that has one; the rules of module buffers may keep it in other buffers."""
+    (found,) = seen['averages'].values()
+    rule = rule_of(average)
+    return {
+        n: t for name in ('latest', rule.statistics.average, rule.average) for n, t in found['buffers'][name].items()
+    }
+
+
+def rule_of(average: str) -> Rule:
+    return make(average)().average.rule
 
 
 def predict(weights: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
@@ -250,13 +271,13 @@ def test_an_update_communicates_one_number(followed, name):
 
 @pytest.mark.parametrize('name', RUNS)
 def test_a_rank_holds_as_much_of_the_average_as_of_the_parameters(followed, name):
-    ranks = followed(name)
+    ranks, rule = followed(name), rule_of(RUNS[name].average)
     for rank in ranks:
         held = rank['with'].sizes
-        assert held.keys() == {'parameters', 'theta_0', 'ema', 'bema', 'latest'}
-        assert held['theta_0'] == held['ema'] == held['bema'] == held['parameters']
-    topology = TOPOLOGIES[RUNS[name][0]]
-    total = sum(size for rank in ranks for _, size in rank['with'].sizes['ema'].values())
+        assert held.keys() == {'parameters', *rule.buffers, *rule.statistics.buffers, 'latest'}
+        assert all(held[buffer] == held['parameters'] for buffer in rule.buffers)
+    topology = TOPOLOGIES[RUNS[name].topology]
+    total = sum(size for rank in ranks for _, size in rank['with'].sizes[rule.average].values())
     whole = sum(parameter.numel() for parameter in make_model().parameters() if parameter.requires_grad)
     assert total == whole * (topology.replicas or (1 if topology.is_sharded else topology.world_size))
 
@@ -268,13 +289,40 @@ def test_the_distance_is_that_of_the_whole_weights(followed, name):
     expected = []
     for step in (4, 4, 6, 6):
         seen = steps['batch_end', step]
-        average = seen['averages']['BEMA']['buffers']['bema']
+        average = averaged(seen, RUNS[name].average)
         parameters = [n for n, p in make_model().named_parameters() if p.requires_grad]
         squares = [(average[n].double() - seen['weights'][n].double()).square().sum() for n in parameters]
         expected.append(sum(squares).sqrt().item())
+    metric = f'{type(make(RUNS[name].average)()).__name__.lower()}/distance'
     for rank in followed(name):
-        assert rank['with'].metrics['bema/distance'] == pytest.approx(expected, rel=1e-6)
-        assert rank['with'].metrics['bema/distance'] == followed(name)[0]['with'].metrics['bema/distance']
+        assert rank['with'].metrics[metric] == pytest.approx(expected, rel=1e-6)
+        assert rank['with'].metrics[metric] == followed(name)[0]['with'].metrics[metric]
+
+
+def train_on_from_the_average(name: str) -> dict[tuple[str, int], Any]:
+    """What is seen after each step, and before the next one."""
+    return train(
+        TOPOLOGIES[name],
+        look=averages_and_weights,
+        algorithms=[make(REPLACING)],
+        events=['batch_start', 'batch_end'],
+        max_duration='6ba',
+    )
+
+
+@pytest.mark.parametrize('name', ['ddp', 'fsdp1', 'fsdp2'])
+def test_training_goes_on_from_an_average_on_all_ranks(name):
+    """Every rank computes the next step with the mean of the snapshots."""
+    first, *others = run_ranks(train_on_from_the_average, 2, name)
+    for step in UPDATES:
+        seen = first['batch_end', step]
+        parameters = [n for n, p in make_model().named_parameters() if p.requires_grad]
+        average = averaged(seen, REPLACING)
+        assert_equal({n: seen['weights'][n] for n in parameters}, {n: average[n] for n in parameters})
+        for rank in (first, *others):
+            assert_equal(
+                {n: rank['batch_start', step]['weights'][n] for n in parameters}, {n: average[n] for n in parameters}
+            )
 
 
 class Poison(Algorithm):

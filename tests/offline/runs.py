@@ -19,7 +19,7 @@ import torch
 from composer import Algorithm
 from safetensors.torch import save_file
 
-from composer_bema import BEMA, EMA
+from composer_bema import BEMA, DEMA, EMA, LAWA, OUEMA, SWAWindow
 from tests.distributed import programs
 from tests.distributed.programs import Topology
 from tests.formats.runs import make_loader, make_model, save_in_parts, weights_of
@@ -46,6 +46,10 @@ _RUNS: dict[str, dict[str, Any]] = {
     'late': {'algorithms': [lambda: BEMA('2ba', update_after='4ba', lag=1, bias_power=0.4)]},
     'half-life': {'algorithms': [lambda: BEMA('2ba', half_life='5ba')]},
     'ema': {'algorithms': [lambda: EMA(smoothing=0.6, update_freq='2ba')]},
+    'dema': {'algorithms': [lambda: DEMA('2ba', ema_power=0.3)]},
+    'ouema': {'algorithms': [lambda: OUEMA('2ba', '4ba', bias_power=0.6)]},
+    'lawa': {'algorithms': [lambda: LAWA('2ba', 3)]},
+    'swa_window': {'algorithms': [lambda: SWAWindow('2ba', '8ba', '4ba')]},
     'none': {'algorithms': []},
     'bf16': {'algorithms': [lambda: BEMA('2ba')], 'dtype': 'bfloat16', 'tied': False, 'frozen': True},
     'lora': {'algorithms': [lambda: BEMA('2ba')], 'lora': True},

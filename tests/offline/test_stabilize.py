@@ -36,6 +36,10 @@ ONLINE = {
     'late': Setting('bema', {'lag': 1, 'bias_power': 0.4}, update_freq=2, update_after=4),
     'half-life': Setting('bema', {'half_life': 5}),
     'ema': Setting('ema', {'smoothing': 0.6}),
+    'dema': Setting('dema', {'ema_power': 0.3}),
+    'ouema': Setting('ouema', {'bias_power': 0.6}, update_after=4),
+    'lawa': Setting('lawa', {'window': 3}),
+    'swa_window': Setting('swa_window', {'horizon': 8, 'period': 4}),
 }
 BEMA = ONLINE['average']
 # The model before the first step has no adapter.
@@ -60,7 +64,7 @@ def test_offline_is_what_was_online(tmp_path, name):
     folders = stabilize(checkpoints, tmp_path / 'out', ONLINE[name], at=at, initial_model=initial_model)
     assert [folder.name for folder in folders] == [f'step{step}' for step in at]
     for step, folder in zip(at, folders, strict=True):
-        assert_holds(folder, weights[step]['EMA' if name == 'ema' else 'BEMA'])
+        assert_holds(folder, weights[step][ONLINE[name].title])
 
 
 @pytest.mark.parametrize('how', [as_huggingface, as_shards, as_compressed])
