@@ -74,10 +74,14 @@ setup(
     extras_require=EXTRAS_REQUIRE,
     entry_points={
         'console_scripts': ['composer-bema = composer_bema.cli:main'],
-        # llm-foundry fills its registry of algorithms from this group, so that its YAMLs can name ours.
+        # llm-foundry fills its registries from these groups, so that its YAMLs can name ours.
         'llmfoundry_algorithms': [
             'bema = composer_bema.algorithms:BEMA',
             'ema = composer_bema.algorithms:EMA',
+        ],
+        'llmfoundry_schedulers': [
+            'cosine_with_constant_tail = composer_bema.lr_schedulers:CosineAnnealingWithConstantTailScheduler',
+            'warmup_stable_decay = composer_bema.lr_schedulers:WarmupStableDecayScheduler',
         ],
     },
 )

@@ -16,15 +16,27 @@ if TYPE_CHECKING:
     from composer_bema import functional
     from composer_bema.algorithms import BEMA, EMA
     from composer_bema.formats.completeness import newest_complete_checkpoint
+    from composer_bema.lr_schedulers import CosineAnnealingWithConstantTailScheduler, WarmupStableDecayScheduler
     from composer_bema.training.callbacks import HuggingFaceCheckpointer
 
-__all__ = ['BEMA', 'EMA', 'HuggingFaceCheckpointer', '__version__', 'functional', 'newest_complete_checkpoint']
+__all__ = [
+    'BEMA',
+    'EMA',
+    'CosineAnnealingWithConstantTailScheduler',
+    'HuggingFaceCheckpointer',
+    'WarmupStableDecayScheduler',
+    '__version__',
+    'functional',
+    'newest_complete_checkpoint',
+]
 
 # The modules that the names are found in.
 _HOMES = {
     'BEMA': 'algorithms',
     'EMA': 'algorithms',
+    'CosineAnnealingWithConstantTailScheduler': 'lr_schedulers',
     'HuggingFaceCheckpointer': 'training.callbacks',
+    'WarmupStableDecayScheduler': 'lr_schedulers',
     'newest_complete_checkpoint': 'formats.completeness',
 }
 
