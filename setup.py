@@ -74,7 +74,7 @@ setup(
     extras_require=EXTRAS_REQUIRE,
     entry_points={
         'console_scripts': ['composer-bema = composer_bema.cli:main'],
-        # llm-foundry fills its registry of algorithms from this group, so that its YAMLs can name ours.
+        # llm-foundry fills its registries from these groups, so that its YAMLs can name ours.
         'llmfoundry_algorithms': [
             'bema = composer_bema.algorithms:BEMA',
             'dema = composer_bema.algorithms:DEMA',
@@ -82,6 +82,10 @@ setup(
             'lawa = composer_bema.algorithms:LAWA',
             'ouema = composer_bema.algorithms:OUEMA',
             'swa_window = composer_bema.algorithms:SWAWindow',
+        ],
+        'llmfoundry_schedulers': [
+            'cosine_with_constant_tail = composer_bema.lr_schedulers:CosineAnnealingWithConstantTailScheduler',
+            'warmup_stable_decay = composer_bema.lr_schedulers:WarmupStableDecayScheduler',
         ],
     },
 )

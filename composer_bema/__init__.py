@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from composer_bema import functional
     from composer_bema.algorithms import BEMA, DEMA, EMA, LAWA, OUEMA, SWAWindow
     from composer_bema.formats.completeness import newest_complete_checkpoint
+    from composer_bema.lr_schedulers import CosineAnnealingWithConstantTailScheduler, WarmupStableDecayScheduler
     from composer_bema.training.callbacks import HuggingFaceCheckpointer
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     'EMA',
     'LAWA',
     'OUEMA',
+    'CosineAnnealingWithConstantTailScheduler',
     'HuggingFaceCheckpointer',
     'SWAWindow',
+    'WarmupStableDecayScheduler',
     '__version__',
     'functional',
     'newest_complete_checkpoint',
@@ -34,7 +37,9 @@ __all__ = [
 # The modules that the names are found in.
 _HOMES = {
     **dict.fromkeys(('BEMA', 'DEMA', 'EMA', 'LAWA', 'OUEMA', 'SWAWindow'), 'algorithms'),
+    'CosineAnnealingWithConstantTailScheduler': 'lr_schedulers',
     'HuggingFaceCheckpointer': 'training.callbacks',
+    'WarmupStableDecayScheduler': 'lr_schedulers',
     'newest_complete_checkpoint': 'formats.completeness',
 }
 

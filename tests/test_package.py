@@ -24,6 +24,7 @@ FLOORS = (
     {'averaging'},
     {'functional', 'formats'},
     {'algorithms', 'offline', 'plots'},
+    {'lr_schedulers'},
     {'training'},
     {'cli'},
     {'__main__'},
@@ -88,11 +89,13 @@ def test_the_help_of_the_command_line_does_not_import_torch():
 
 
 def test_public_names_are_found_when_they_are_touched():
-    from composer_bema import algorithms, functional
+    from composer_bema import algorithms, functional, lr_schedulers
 
     assert composer_bema.BEMA is algorithms.BEMA
     assert composer_bema.EMA is algorithms.EMA
     assert composer_bema.functional is functional
+    for name in lr_schedulers.__all__:
+        assert getattr(composer_bema, name) is getattr(lr_schedulers, name)
     assert set(composer_bema.__all__) <= set(dir(composer_bema))
     with pytest.raises(AttributeError, match="module 'composer_bema' has no attribute 'BEMMA'"):
         composer_bema.BEMMA  # noqa: B018 (touching the name is the test)
@@ -108,6 +111,16 @@ def test_the_version_is_the_one_in_the_metadata():
         ('console_scripts', 'composer-bema', 'composer_bema.cli:main'),
         ('llmfoundry_algorithms', 'bema', 'composer_bema.algorithms:BEMA'),
         ('llmfoundry_algorithms', 'ema', 'composer_bema.algorithms:EMA'),
+        (
+            'llmfoundry_schedulers',
+            'cosine_with_constant_tail',
+            'composer_bema.lr_schedulers:CosineAnnealingWithConstantTailScheduler',
+        ),
+        (
+            'llmfoundry_schedulers',
+            'warmup_stable_decay',
+            'composer_bema.lr_schedulers:WarmupStableDecayScheduler',
+        ),
     ],
 )
 def test_entry_points_are_in_the_metadata_and_can_be_loaded(group: str, name: str, value: str):

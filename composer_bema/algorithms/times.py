@@ -42,7 +42,7 @@ def parse_time(name: str, value: Any, *, positive: bool) -> Time:
         raise TypeError(f'{name} must be {_FORM}, but is {value!r}.')
     try:
         time = Time.from_input(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f'{name} must be {_FORM}, but is {value!r}.') from error
     if time.unit == TimeUnit.SECOND:
         raise ValueError(f'{name}={value!r} counts wall-clock time, which no two runs share; count steps or tokens.')

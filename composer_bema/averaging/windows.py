@@ -8,23 +8,15 @@ They are linear recurrences too: snapshots and means of periods are buffers, whi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal, Optional, get_args
 
+from composer_bema.averaging.decay_shapes import decay_factor
 from composer_bema.averaging.rules import THETA, Lerp, LinearStep
 
 __all__ = ['DecayShape', 'SWAWindow', 'Window', 'merge_weights', 'require_count', 'swa_window_rule']
 
 DecayShape = Literal['linear', '1-sqrt', 'cosine']
-
-# What is left of the learning rate after the part u of a decay.
-_DECAYS: dict[DecayShape, Callable[[float], float]] = {
-    'linear': lambda u: 1 - u,
-    '1-sqrt': lambda u: 1 - math.sqrt(u),
-    'cosine': lambda u: (1 + math.cos(math.pi * u)) / 2,
-}
 
 
 def merge_weights(decay: DecayShape, count: int) -> list[float]:
@@ -36,11 +28,10 @@ def merge_weights(decay: DecayShape, count: int) -> list[float]:
     Megatron-LM's weighted merge). The linear decay makes all of them equal.
 
     Args:
-        decay (str): ``'linear'``: w(u) = 1 - u. ``'1-sqrt'``: w(u) = 1 - sqrt(u). ``'cosine'``:
-            w(u) = (1 + cos(pi u)) / 2.
+        decay (str): w, which is the :func:`.decay_factor` of the same name: ``'linear'``, ``'1-sqrt'`` or ``'cosine'``.
         count (int): k + 1, at least 1.
     """
-    multipliers = [_DECAYS[decay](j / count) for j in range(count)] + [0.0]
+    multipliers = [decay_factor(decay, j / count) for j in range(count)] + [0.0]
     return [multipliers[j] - multipliers[j + 1] for j in range(count)]
 
 
@@ -66,8 +57,8 @@ class Window:
 
     def __post_init__(self) -> None:
         require_count('window', self.size)
-        if self.decay not in _DECAYS:
-            raise ValueError(f'decay must be one of {", ".join(_DECAYS)}, but is {self.decay!r}.')
+        if self.decay not in get_args(DecayShape):
+            raise ValueError(f'decay must be one of {", ".join(get_args(DecayShape))}, but is {self.decay!r}.')
 
     @property
     def snapshots(self) -> tuple[str, ...]:

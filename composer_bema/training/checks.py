@@ -35,16 +35,18 @@ def check_config(config: TrainConfig) -> None:
         _check_time(getattr(config, key), key)
     _check_sizes(config)
     check_tokenizer(config.tokenizer)
-    for kind, supplied in (('model', 'tokenizer'), ('optimizer', 'params'), ('scheduler', '')):
+    for kind, supplied in (('model', 'tokenizer'), ('optimizer', 'params')):
         name, arguments = split_name(getattr(config, kind), kind)
         check_arguments(find_builder(kind, name, f'{kind}.name'), arguments, kind, [supplied])
+    # Schedulers and algorithms check their values themselves, and building one changes nothing.
+    name, arguments = split_name(config.scheduler, 'scheduler')
+    build(find_builder('scheduler', name, 'scheduler.name'), arguments, 'scheduler')
     check_loader(config.train_loader, 'train_loader', config.max_seq_len)
     for path, section in eval_sections(config.eval_loader).values():
         check_loader(section, path, config.max_seq_len)
     for kind in ('callbacks', 'loggers'):
         for name, arguments in (getattr(config, kind) or {}).items():
             check_arguments(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
-    # Algorithms check their values themselves, and building one changes nothing.
     algorithms = build_named('algorithms', config.algorithms)
     try:
         check_algorithms(averages_among(algorithms), algorithms)

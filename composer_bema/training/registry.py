@@ -39,6 +39,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         'constant': 'composer.optim:ConstantScheduler',
         'constant_with_warmup': 'composer.optim:ConstantWithWarmupScheduler',
         'cosine': 'composer.optim:CosineAnnealingScheduler',
+        'cosine_with_constant_tail': 'composer_bema.lr_schedulers:CosineAnnealingWithConstantTailScheduler',
         'cosine_with_warmup': 'composer.optim:CosineAnnealingWithWarmupScheduler',
         'cosine_warm_restarts': 'composer.optim:CosineAnnealingWarmRestartsScheduler',
         'exponential': 'composer.optim:ExponentialScheduler',
@@ -49,6 +50,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         'polynomial': 'composer.optim:PolynomialScheduler',
         'polynomial_with_warmup': 'composer.optim:PolynomialWithWarmupScheduler',
         'step': 'composer.optim:StepScheduler',
+        'warmup_stable_decay': 'composer_bema.lr_schedulers:WarmupStableDecayScheduler',
     },
     'algorithms': {
         'bema': 'composer_bema.algorithms:BEMA',

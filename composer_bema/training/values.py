@@ -83,7 +83,7 @@ def _items_fit(values: list[Any], origin: Any, arguments: tuple[Any, ...]) -> bo
 def _is_time(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(Time.from_timestring(value).unit)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return False
 
 

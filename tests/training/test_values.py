@@ -24,7 +24,7 @@ PAIR = tuple[Union[float, Tensor], Union[float, Tensor]]
         (float, [1, 1.5], ['1e', True]),
         (Optional[int], [1, None], ['a']),
         (int | None, [1, None], ['a']),
-        (Union[str, Time], ['1ba', '0.1dur'], ['soon', '10', 10]),
+        (Union[str, Time], ['1ba', '0.1dur'], ['soon', '10', 10, '1.5ba', 'infba']),
         (Union[int, str, Time], ['1ba', 10], ['soon']),
         (Union[str, Callable], ['a'], [3]),
         (Literal['a', 'b'], ['a'], ['c', None]),
