@@ -74,10 +74,11 @@ setup(
     extras_require=EXTRAS_REQUIRE,
     entry_points={
         'console_scripts': ['composer-bema = composer_bema.cli:main'],
-        # llm-foundry fills its registry of algorithms from this group, so that its YAMLs can name ours.
+        # llm-foundry fills its registries from these groups, so that its YAMLs can name ours.
         'llmfoundry_algorithms': [
             'bema = composer_bema.algorithms:BEMA',
             'ema = composer_bema.algorithms:EMA',
         ],
+        'llmfoundry_callbacks': ['flops_monitor = composer_bema.training.callbacks:FlopsMonitor'],
     },
 )

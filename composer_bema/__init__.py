@@ -16,14 +16,23 @@ if TYPE_CHECKING:
     from composer_bema import functional
     from composer_bema.algorithms import BEMA, EMA
     from composer_bema.formats.completeness import newest_complete_checkpoint
-    from composer_bema.training.callbacks import HuggingFaceCheckpointer
+    from composer_bema.training.callbacks import FlopsMonitor, HuggingFaceCheckpointer
 
-__all__ = ['BEMA', 'EMA', 'HuggingFaceCheckpointer', '__version__', 'functional', 'newest_complete_checkpoint']
+__all__ = [
+    'BEMA',
+    'EMA',
+    'FlopsMonitor',
+    'HuggingFaceCheckpointer',
+    '__version__',
+    'functional',
+    'newest_complete_checkpoint',
+]
 
 # The modules that the names are found in.
 _HOMES = {
     'BEMA': 'algorithms',
     'EMA': 'algorithms',
+    'FlopsMonitor': 'training.callbacks',
     'HuggingFaceCheckpointer': 'training.callbacks',
     'newest_complete_checkpoint': 'formats.completeness',
 }

@@ -108,6 +108,7 @@ def test_the_version_is_the_one_in_the_metadata():
         ('console_scripts', 'composer-bema', 'composer_bema.cli:main'),
         ('llmfoundry_algorithms', 'bema', 'composer_bema.algorithms:BEMA'),
         ('llmfoundry_algorithms', 'ema', 'composer_bema.algorithms:EMA'),
+        ('llmfoundry_callbacks', 'flops_monitor', 'composer_bema.training.callbacks:FlopsMonitor'),
     ],
 )
 def test_entry_points_are_in_the_metadata_and_can_be_loaded(group: str, name: str, value: str):
