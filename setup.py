@@ -87,5 +87,6 @@ setup(
             'cosine_with_constant_tail = composer_bema.lr_schedulers:CosineAnnealingWithConstantTailScheduler',
             'warmup_stable_decay = composer_bema.lr_schedulers:WarmupStableDecayScheduler',
         ],
+        'llmfoundry_callbacks': ['flops_monitor = composer_bema.training.callbacks:FlopsMonitor'],
     },
 )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from composer_bema.algorithms import BEMA, DEMA, EMA, LAWA, OUEMA, SWAWindow
     from composer_bema.formats.completeness import newest_complete_checkpoint
     from composer_bema.lr_schedulers import CosineAnnealingWithConstantTailScheduler, WarmupStableDecayScheduler
-    from composer_bema.training.callbacks import HuggingFaceCheckpointer
+    from composer_bema.training.callbacks import FlopsMonitor, HuggingFaceCheckpointer
 
 __all__ = [
     'BEMA',
@@ -26,6 +26,7 @@ __all__ = [
     'LAWA',
     'OUEMA',
     'CosineAnnealingWithConstantTailScheduler',
+    'FlopsMonitor',
     'HuggingFaceCheckpointer',
     'SWAWindow',
     'WarmupStableDecayScheduler',
@@ -38,6 +39,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(('BEMA', 'DEMA', 'EMA', 'LAWA', 'OUEMA', 'SWAWindow'), 'algorithms'),
     'CosineAnnealingWithConstantTailScheduler': 'lr_schedulers',
+    'FlopsMonitor': 'training.callbacks',
     'HuggingFaceCheckpointer': 'training.callbacks',
     'WarmupStableDecayScheduler': 'lr_schedulers',
     'newest_complete_checkpoint': 'formats.completeness',

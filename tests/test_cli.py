@@ -3,8 +3,10 @@
 
 """The command line: what it prints, and the one sentence that a mistake gets."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from composer_bema.cli import RULE_HELP, main
+from composer_bema.flops import Architecture
 from composer_bema.offline.settings import RULES, settings_of
 from tests.training.tiny import tiny_settings, write_yaml
 
@@ -304,11 +307,18 @@ def test_the_help_of_the_module_needs_no_torch(tmp_path):
     # A folder first on the path, in which torch is no module that could be imported.
     (tmp_path / 'torch.py').write_text('raise AssertionError')
     environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    for arguments in (['--help'], ['stabilize', '--help'], ['sweep', '-h'], ['weights', '-h'], ['--version']):
+
+    def output(*arguments):
         command = [sys.executable, '-m', 'composer_bema', *arguments]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-        assert result.stdout.startswith(('Usage: composer-bema', 'composer-bema, version'))
+        return result.stdout
+
+    commands = (['--help'], ['stabilize', '-h'], ['sweep', '-h'], ['weights', '-h'], ['flops', '-h'], ['--version'])
+    for arguments in commands:
+        assert output(*arguments).startswith(('Usage: composer-bema', 'composer-bema, version'))
+    # Nor does counting.
+    assert 'forward FLOPs per token' in output('flops', *numbers(sequence_length=8))
 
 
 def test_every_setting_of_every_rule_has_an_option_that_says_its_default():
@@ -322,3 +332,128 @@ def test_every_setting_of_every_rule_has_an_option_that_says_its_default():
             if default not in (None, setting.empty):
                 shown = f'{default:g}' if isinstance(default, float) else default
                 assert options[name].help.endswith(f'[default: {shown}]'), name
+
+
+NUMBERS = {
+    '--hidden-size': '384',
+    '--intermediate-size': '1024',
+    '--num-hidden-layers': '8',
+    '--num-attention-heads': '6',
+    '--vocab-size': '50257',
+}
+
+
+def numbers(**changes):
+    options = {**NUMBERS, **{f'--{name.replace("_", "-")}': str(value) for name, value in changes.items()}}
+    return [part for option in options.items() for part in option]
+
+
+def counts(*arguments):
+    """The table's exact numbers."""
+    result = run('flops', *arguments)
+    assert result.exit_code == 0, result.output
+    rows = [re.split(r'\s{2,}', line.strip()) for line in result.stdout.splitlines()[2:]]
+    assert all(float(about) == float(f'{int(exactly.replace(",", "")):.3g}') for _, exactly, about in rows)
+    return {name: int(exactly.replace(',', '')) for name, exactly, _ in rows}
+
+
+def test_flops_by_numbers():
+    assert counts(*numbers(sequence_length=512, tokens='1e9')) == {
+        'parameters': 33454464,
+        'tokens in a sequence': 512,
+        'forward FLOPs per token': 57278201856 // 512,
+        'forward FLOPs per sequence': 57278201856,
+        'training FLOPs per token': 3 * 57278201856 // 512,
+        'training FLOPs per sequence': 3 * 57278201856,
+        'tokens of training': 10**9,
+        'training FLOPs in total': 3 * 57278201856 // 512 * 10**9,
+    }
+    experts = counts(*numbers(sequence_length=512, num_experts=8, num_experts_per_tok=2))
+    assert (experts['parameters'], experts['forward FLOPs per sequence']) == (99514752, 66941976576)
+    assert experts['parameters that a token meets'] == 33454464 + 8 * 3 * 384 * 1024
+    untied = counts(*numbers(sequence_length=512), '--no-tie-word-embeddings', '--no-gated-mlp')
+    assert untied['parameters'] == 33454464 + 50257 * 384 - 8 * 384 * 1024
+
+
+def test_flops_of_a_folder_and_of_its_file(tmp_path):
+    config = {'model_type': 'gpt2', 'n_embd': 768, 'n_layer': 12, 'n_head': 12, 'vocab_size': 50257}
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'n_positions': 1024}))
+    table = counts(str(tmp_path))
+    assert (table['parameters'], table['tokens in a sequence']) == (123532032, 1024)
+    assert counts(f'{tmp_path}/config.json') == table
+    assert counts(str(tmp_path), '--sequence-length', '512')['forward FLOPs per sequence'] == 175797436416
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    result = run('flops', str(tmp_path))
+    assert result.exit_code == 2
+    assert "Missing option '--sequence-length'." in result.stderr
+
+
+def test_flops_of_a_name_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / 'config.json').write_text(
+        json.dumps({'model_type': 'gpt2', 'n_embd': 8, 'n_layer': 1, 'n_head': 2, 'vocab_size': 9, 'n_positions': 4})
+    )
+    asked = []
+    monkeypatch.setattr(
+        'huggingface_hub.snapshot_download', lambda name, **kwargs: asked.append((name, kwargs)) or str(tmp_path)
+    )
+    assert counts('some/model') == counts(str(tmp_path))
+    assert asked == [('some/model', {'allow_patterns': ['config.json']})]
+
+
+def test_flops_of_a_yaml(yaml):
+    table = counts(yaml)
+    # One layer, 16 wide, and 259 bytes; steps of four rows of 32 tokens.
+    assert table['parameters'] == 259 * 16 + 4 * 16 * 16 + 3 * 16 * 32
+    assert (table['tokens in a sequence'], table['tokens of training']) == (32, 6 * 4 * 32)
+    assert table['training FLOPs in total'] == 6 * 4 * table['training FLOPs per sequence']
+    assert counts(yaml, 'max_seq_len=64')['tokens of training'] == 6 * 4 * 64
+    assert counts(yaml, '--tokens', '10')['tokens of training'] == 10
+    assert 'training FLOPs in total' not in counts(yaml, 'max_duration=2ep')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (['nothing.yaml'], "No such settings file: 'nothing.yaml'."),
+        (['/no/where'], "'/no/where' is neither a folder nor a model that could be downloaded"),
+        (['tests'], "There is no 'tests/config.json'"),
+        (['tests/test_cli.py'], "'tests/test_cli.py' is not valid JSON"),
+        (numbers(sequence_length=8, num_experts=4), 'num_experts_per_tok must lie between 1 and num_experts=4'),
+        (numbers(sequence_length=8, hidden_size=385), 'hidden_size=385 is no multiple of num_attention_heads=6'),
+    ],
+)
+def test_flops_says_what_is_wrong(arguments, sentence, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(__file__)))
+    assert_is_one_sentence(run('flops', *arguments), sentence)
+
+
+def test_flops_of_a_yaml_says_what_is_wrong(yaml):
+    assert_is_one_sentence(run('flops', yaml, 'max_durations=1'), 'max_durations is not a setting')
+    assert_is_one_sentence(run('flops', yaml, 'model.config.model_type=olmo'), "The model_type 'olmo' is none whose")
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        ([], "Without a TARGET, the option '--hidden-size' is needed."),
+        (['--hidden-size', '8'], "Without a TARGET, the option '--intermediate-size' is needed."),
+        (['folder', '--num-experts', '8'], 'Give a TARGET or the numbers (--num-experts), not both.'),
+        (['tests', 'max_duration=1ep'], "'max_duration=1ep': only the settings of a YAML can be overridden."),
+        (numbers(), "Missing option '--sequence-length'."),
+        (numbers(sequence_length=0), "Invalid value for '--sequence-length'"),
+        (numbers(sequence_length=8, tokens='1.5'), "'1.5' is no positive whole number."),
+        (numbers(sequence_length=8, tokens='inf'), "'inf' is no positive whole number."),
+        (numbers(sequence_length=8, tokens='-5'), "'-5' is no positive whole number."),
+        (numbers(sequence_length=8, tokens='many'), "'many' is not a valid float."),
+    ],
+)
+def test_wrong_usage_of_flops(arguments, sentence):
+    result = run('flops', *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert 'Traceback' not in result.output
+
+
+def test_every_size_of_an_architecture_has_an_option():
+    options = {parameter.name for parameter in main.commands['flops'].params}
+    assert {field.name for field in dataclasses.fields(Architecture)} <= options

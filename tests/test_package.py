@@ -21,7 +21,7 @@ LICENCE = '# Copyright 2026 composer_bema authors\n# SPDX-License-Identifier: Ap
 # Rooms from the ground up. One may import those of lower floors, and none of its own or of higher ones.
 FLOORS = (
     {'version'},
-    {'averaging'},
+    {'averaging', 'flops'},
     {'functional', 'formats'},
     {'algorithms', 'offline', 'plots'},
     {'lr_schedulers'},
@@ -110,7 +110,11 @@ def test_the_version_is_the_one_in_the_metadata():
     [
         ('console_scripts', 'composer-bema', 'composer_bema.cli:main'),
         ('llmfoundry_algorithms', 'bema', 'composer_bema.algorithms:BEMA'),
+        ('llmfoundry_algorithms', 'dema', 'composer_bema.algorithms:DEMA'),
         ('llmfoundry_algorithms', 'ema', 'composer_bema.algorithms:EMA'),
+        ('llmfoundry_algorithms', 'lawa', 'composer_bema.algorithms:LAWA'),
+        ('llmfoundry_algorithms', 'ouema', 'composer_bema.algorithms:OUEMA'),
+        ('llmfoundry_algorithms', 'swa_window', 'composer_bema.algorithms:SWAWindow'),
         (
             'llmfoundry_schedulers',
             'cosine_with_constant_tail',
@@ -121,6 +125,7 @@ def test_the_version_is_the_one_in_the_metadata():
             'warmup_stable_decay',
             'composer_bema.lr_schedulers:WarmupStableDecayScheduler',
         ),
+        ('llmfoundry_callbacks', 'flops_monitor', 'composer_bema.training.callbacks:FlopsMonitor'),
     ],
 )
 def test_entry_points_are_in_the_metadata_and_can_be_loaded(group: str, name: str, value: str):

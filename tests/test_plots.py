@@ -25,6 +25,18 @@ def test_no_window_system_is_touched(tmp_path, monkeypatch):
     assert 'matplotlib.pyplot' not in sys.modules
 
 
+def test_flops_as_x_are_a_number_and_a_power_of_ten(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    plot_curves(
+        {'bema': [(step * 3.7e17, 4 - step) for step in range(4)]}, tmp_path / 'x.png', 'training FLOPs', 'loss'
+    )
+    drawn[0].draw_without_rendering()
+    axis = drawn[0].axes[0].xaxis
+    assert axis.get_offset_text().get_text() == '1e18'
+    assert all(len(label.get_text()) <= 5 for label in axis.get_ticklabels())
+
+
 def test_many_curves_have_a_small_legend(tmp_path):
     curves = {f'bema ema_power={n / 100} bias_power=0.4': [(1, n), (2, -n)] for n in range(40)}
     plot_curves(curves, tmp_path / 'curves.png', 'step', 'loss')

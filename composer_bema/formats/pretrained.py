@@ -25,7 +25,15 @@ from composer_bema.formats.safetensors_files import DTYPES, bytes_of
 from composer_bema.formats.tensors import LazyTensor, piece_memory
 from composer_bema.formats.unpickling import load_archive
 
-__all__ = ['Pretrained', 'copy_companions', 'find_pretrained', 'is_pretrained', 'open_pretrained', 'read_safetensors']
+__all__ = [
+    'Pretrained',
+    'copy_companions',
+    'download',
+    'find_pretrained',
+    'is_pretrained',
+    'open_pretrained',
+    'read_safetensors',
+]
 
 _INDEX = '.index.json'
 # What transformers and PEFT call weights, in the order in which they look for them.
@@ -149,12 +157,12 @@ def find_pretrained(name_or_folder: str) -> Path:
     if folder.is_dir():
         return folder
     patterns = [f'*{suffix}' for suffix in _COMPANIONS]
-    folder = _download(name_or_folder, [*patterns, 'model.safetensors', 'adapter_model.safetensors'])
+    folder = download(name_or_folder, [*patterns, 'model.safetensors', 'adapter_model.safetensors'])
     if not is_pretrained(folder):
-        folder = _download(name_or_folder, ['pytorch_model.bin', 'adapter_model.bin'])
+        folder = download(name_or_folder, ['pytorch_model.bin', 'adapter_model.bin'])
     file = _weights_file(folder)
     if file is not None and file.name.endswith(_INDEX):
-        folder = _download(name_or_folder, sorted(set(_read_index(file).values())))
+        folder = download(name_or_folder, sorted(set(_read_index(file).values())))
     return folder
 
 
@@ -260,7 +268,16 @@ def _companions(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
             yield path
 
 
-def _download(name: str, patterns: list[str]) -> Path:
+def download(name: str, patterns: list[str]) -> Path:
+    """Returns the folder to which the files of a model on the Hugging Face hub were downloaded.
+
+    Args:
+        name (str): The model's name on the hub.
+        patterns (list[str]): What the files are called; others are left out.
+
+    Raises:
+        FileNotFoundError: If there is no such model, or no way to it.
+    """
     from huggingface_hub import snapshot_download
 
     try:

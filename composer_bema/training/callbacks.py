@@ -5,8 +5,9 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Union, cast
 
 import torch
 from composer.core import Callback, Event, State, Time
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from composer_bema.algorithms.weight_averaging import averages_among
 from composer_bema.averaging.parameters import canonical_names
+from composer_bema.flops import Architecture, architecture_of, training_flops
 from composer_bema.formats.composer import TRAINING
 from composer_bema.formats.huggingface import (
     ModelWriter,
@@ -28,8 +30,69 @@ from composer_bema.formats.huggingface import (
 )
 from composer_bema.formats.manifest import write_manifest
 from composer_bema.formats.tensors import LazyTensor, dtype_named
+from composer_bema.training.registry import build
 
-__all__ = ['HuggingFaceCheckpointer']
+__all__ = ['FlopsMonitor', 'HuggingFaceCheckpointer']
+
+
+class FlopsMonitor(Callback):
+    """Logs the FLOPs that training has taken so far as ``flops/total``, over which losses can be drawn.
+
+    They are those of the tokens that the run has counted, as :func:`composer_bema.flops.training_flops` has it: a
+    function of the run's clock alone, so that nothing is saved and a resumed run logs what the uninterrupted one does.
+    It logs on BATCH_END, which comes before the step's evaluations, and on EVAL_START for those before the first step;
+    lines of ``metrics.jsonl`` belong together by their ``batch``.
+
+    Args:
+        sequence_length: Tokens in a sequence (in a YAML ``${max_seq_len}``), on which the cost of attention depends.
+            The tokens of shorter sequences are counted as if they stood in sequences of this length.
+        architecture: The sizes of the model, or the arguments of :class:`.Architecture`; None: the configuration of the
+            ``HuggingFaceModel`` that is trained tells them.
+
+    Raises:
+        ValueError: The architecture cannot be told, or the data counts no tokens.
+    """
+
+    def __init__(
+        self, sequence_length: int, architecture: Optional[Union[Architecture, Mapping[str, Any]]] = None
+    ) -> None:
+        if isinstance(architecture, Mapping):
+            architecture = cast(Architecture, build(Architecture, architecture, 'architecture'))
+        self.sequence_length = sequence_length
+        self.architecture = architecture
+        self.flops_per_token = 0
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Find out what a token costs."""
+        del logger
+        architecture = self.architecture or _architecture_in(state)
+        self.flops_per_token = training_flops(architecture, self.sequence_length, tokens=1)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Log; the evaluations of this step come after it."""
+        if state.timestamp.token == 0:
+            raise ValueError(
+                'FlopsMonitor needs to know how many tokens were seen, but the data of this run counts none: give the '
+                'dataloader a DataSpec with get_num_tokens_in_batch.',
+            )
+        self._log(state, logger)
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Log, for an evaluation that no step comes before."""
+        self._log(state, logger)
+
+    def _log(self, state: State, logger: Logger) -> None:
+        # A float: many loggers keep integers in 64 bits, which overflow at 9e18.
+        logger.log_metrics({'flops/total': float(self.flops_per_token * state.timestamp.token.value)})
+
+
+def _architecture_in(state: State) -> Architecture:
+    if not isinstance(state.model, HuggingFaceModel):
+        raise ValueError(
+            f'FlopsMonitor finds no sizes in a {type(state.model).__name__}, which is no HuggingFaceModel: give it an '
+            'architecture.',
+        )
+    return architecture_of(state.model.config)
 
 
 class HuggingFaceCheckpointer(Callback):

@@ -4,7 +4,7 @@
 """Causal language models of Hugging Face transformers as Composer models."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from composer_bema.training.config import ConfigError, suggest
 
-__all__ = ['build_hf_causal_lm']
+__all__ = ['build_hf_causal_lm', 'build_hf_config']
 
 
 def build_hf_causal_lm(
@@ -46,20 +46,19 @@ def build_hf_causal_lm(
     Raises:
         ConfigError: Nothing, or both ways, says which model; or it cannot be found; or a configuration key is unknown.
     """
-    if (config is None) == (pretrained_model_name_or_path is None):
-        raise ConfigError('model needs either pretrained_model_name_or_path or config, and not both.')
-    if config is not None:
-        hf_config = _config_from_mapping(config, len(tokenizer))
-        pretrained = False
-    else:
-        hf_config = _load_config(str(pretrained_model_name_or_path), trust_remote_code)
-    _override(hf_config, config_overrides or {})
+    hf_config = build_hf_config(
+        lambda: len(tokenizer),
+        pretrained_model_name_or_path,
+        config,
+        config_overrides,
+        trust_remote_code,
+    )
     # The cache only serves generation; here it would be built and thrown away at each step, and with one transformers
     # does not keep packed documents apart.
     hf_config.use_cache = False
     model = _make(
         hf_config,
-        str(pretrained_model_name_or_path) if pretrained else None,
+        pretrained_model_name_or_path if pretrained else None,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
@@ -78,10 +77,39 @@ def build_hf_causal_lm(
     )
 
 
-def _config_from_mapping(config: Mapping[str, Any], vocab_size: int) -> PretrainedConfig:
+def build_hf_config(
+    count_vocabulary: Callable[[], int],
+    pretrained_model_name_or_path: Optional[str] = None,
+    config: Optional[Mapping[str, Any]] = None,
+    config_overrides: Optional[Mapping[str, Any]] = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """Build the configuration of the model that :func:`build_hf_causal_lm` would build.
+
+    Args:
+        count_vocabulary: Tells the size of the vocabulary when ``config`` leaves it open.
+        pretrained_model_name_or_path: This and the rest are the arguments of that function.
+        config: This or the one above.
+        config_overrides: Values to change in the configuration.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ConfigError: Nothing, or both ways, says which model; or it cannot be found; or a configuration key is unknown.
+    """
+    if (config is None) == (pretrained_model_name_or_path is None):
+        raise ConfigError('model needs either pretrained_model_name_or_path or config, and not both.')
+    if config is not None:
+        hf_config = _config_from_mapping(config, count_vocabulary)
+    else:
+        hf_config = _load_config(str(pretrained_model_name_or_path), trust_remote_code)
+    _override(hf_config, config_overrides or {})
+    return hf_config
+
+
+def _config_from_mapping(config: Mapping[str, Any], count_vocabulary: Callable[[], int]) -> PretrainedConfig:
     if 'model_type' not in config:
         raise ConfigError('model.config.model_type is missing from the settings.')
-    values = {'vocab_size': vocab_size, **config}
+    values = dict(config) if 'vocab_size' in config else {'vocab_size': count_vocabulary(), **config}
     try:
         hf_config = AutoConfig.for_model(**values)
     except ValueError as error:

@@ -65,6 +65,7 @@ REGISTRY: dict[str, dict[str, str]] = {
     'callbacks': {
         'activation_monitor': 'composer.callbacks:ActivationMonitor',
         'early_stopper': 'composer.callbacks:EarlyStopper',
+        'flops_monitor': 'composer_bema.training.callbacks:FlopsMonitor',
         'hf_checkpointer': 'composer_bema.training.callbacks:HuggingFaceCheckpointer',
         'lr_monitor': 'composer.callbacks:LRMonitor',
         'memory_monitor': 'composer.callbacks:MemoryMonitor',
