@@ -72,9 +72,40 @@ def train(file: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         click.echo(f"'{file}' is fine.")
         return
     _show_log(config.python_log_level)
-    closing = run_training(config)
-    if closing:
-        click.echo(closing)
+    _say(run_training(config))
+
+
+@main.command()
+@click.argument('target', type=click.Path(), metavar='RUN_OR_CHECKPOINT')
+@click.argument('overrides', nargs=-1, metavar='[KEY=VALUE]...')
+@click.option('--at', type=click.IntRange(min=1), help='The step of the checkpoint to take from a run.')
+@click.option('--fraction', default=0.2, show_default=True, help='The part of the branch that the cooldown takes.')
+@click.option(
+    '--decay',
+    default='1-sqrt',
+    show_default=True,
+    help='linear, 1-sqrt, cosine, square, mirror-cosine, or exponential, which needs scheduler.alpha_f=...',
+)
+@click.option('--dry-run', is_flag=True, help='Say where the branch starts and ends, and train nothing.')
+def cooldown(
+    target: str, overrides: tuple[str, ...], at: int | None, fraction: float, decay: str, dry_run: bool
+) -> None:
+    """Train a branch of a run at a constant learning rate that ends with a cooldown; the run is left as it is.
+
+    Of a run's folder the checkpoint is taken whose branch ends with the run, or last before it, unless --at names one.
+    The branch has the run's settings, and a folder beside its own; KEY=VALUE overrides them.
+    """
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    from composer_bema.training.checks import check_config
+    from composer_bema.training.cooldown import cooldown_config
+    from composer_bema.training.run import train as run_training
+
+    _show_log(None, os.environ.get('RANK', '0') == '0')
+    config = cooldown_config(target, fraction, decay, overrides, at=at)
+    if dry_run:
+        check_config(config)
+        return
+    _say(run_training(config))
 
 
 @main.command()
@@ -401,6 +432,12 @@ def _weights_table(averages: Sequence[Average], steps: Sequence[int]) -> str:
     from composer_bema.offline.plan import weight_table
 
     return tabulate(weight_table(averages, steps), headers='keys', floatfmt='.6f')
+
+
+def _say(closing: str) -> None:
+    """Print the closing words of a run, which the first of its processes has."""
+    if closing:
+        click.echo(closing)
 
 
 def _show_log(level: str | None, is_first_rank: bool = True) -> None:

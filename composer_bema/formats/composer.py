@@ -99,6 +99,16 @@ class Checkpoint:
         return plain(_child(self._state, 'timestamp', 'Timestamp', 'batch'))
 
     @property
+    def learning_rates(self) -> tuple[list[float], list[float]]:
+        """The learning rates of the next step and those that the schedules multiply, one for each group of parameters.
+
+        Both are empty in a checkpoint without schedules.
+        """
+        schedulers = plain(self._state.get('schedulers')) or {}
+        states = list(schedulers.values())
+        return [rate for s in states for rate in s['_last_lr']], [rate for s in states for rate in s['base_lrs']]
+
+    @property
     def huggingface(self) -> Optional[dict[str, Any]]:
         """What Composer keeps of a Hugging Face model's configuration and tokenizer, or None for other models."""
         return plain(_child(self._state, 'integrations', 'huggingface'))

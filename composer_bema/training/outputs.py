@@ -20,11 +20,25 @@ from tabulate import tabulate
 from composer_bema.plots import plot_curves
 from composer_bema.training.config import ConfigError, TrainConfig
 
-__all__ = ['METRICS_FILE', 'MetricsFile', 'check_run_folder', 'loss_curves', 'read_metrics', 'report', 'write_settings']
+__all__ = [
+    'CONFIG_FILE',
+    'METRICS_FILE',
+    'MetricsFile',
+    'check_run_folder',
+    'goes_on',
+    'loss_curves',
+    'read_metrics',
+    'report',
+    'run_folder_of',
+    'write_settings',
+]
 
 CONFIG_FILE = 'config.yaml'
 METRICS_FILE = 'metrics.jsonl'
 CURVES_FILE = 'curves.png'
+
+# How far below its run's folder a checkpoint may lie.
+CHECKPOINT_DEPTH = 3
 
 LOSS_METRIC = 'LanguageCrossEntropy'
 
@@ -38,10 +52,12 @@ class MetricsFile(LoggerDestination):
 
     Args:
         path: The file; only rank 0 writes it.
+        goes_on: Whether a resumed run appends to it; a branch from another run's checkpoint does not.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, goes_on: bool = True) -> None:
         self.path = Path(path)
+        self.goes_on = goes_on
         self.file: TextIO | None = None
         self.state: State | None = None
 
@@ -56,7 +72,7 @@ class MetricsFile(LoggerDestination):
         assert self.state is not None
         if self.file is None:
             # Opened late: only now is it known whether a checkpoint has been loaded.
-            is_new = self.state.timestamp.batch == 0
+            is_new = self.state.timestamp.batch == 0 or not self.goes_on
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not is_new:
                 _drop_unfinished_line(self.path)
@@ -97,14 +113,28 @@ def check_run_folder(config: TrainConfig) -> Path:
         ConfigError: The folder holds a run, and the settings say neither to replace it nor to go on with it.
     """
     folder = Path(str(config.run_folder))
-    goes_on = config.autoresume or (config.load_path is not None and not config.load_weights_only)
-    if (folder / METRICS_FILE).exists() and not goes_on and not config.save_overwrite:
+    if (folder / METRICS_FILE).exists() and not goes_on(config) and not config.save_overwrite:
         raise ConfigError(
             f"'{folder}' holds a run already; give another run_name, or set save_overwrite=true to replace it or "
             'autoresume=true to go on with it.',
         )
     dist.barrier()  # no rank may look after rank 0 has begun to write
     return folder
+
+
+def goes_on(config: TrainConfig) -> bool:
+    """Whether a run goes on from where it was, rather than from another run's checkpoint or from none."""
+    if config.autoresume:
+        return True
+    if config.load_path is None or config.load_weights_only:
+        return False
+    return run_folder_of(config.load_path) in (None, Path(str(config.run_folder)).absolute())
+
+
+def run_folder_of(checkpoint: str | Path) -> Path | None:
+    """The folder with the settings of the run that a checkpoint lies below, if it lies below one."""
+    folders = Path(checkpoint).absolute().parents[:CHECKPOINT_DEPTH]
+    return next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
 
 
 def write_settings(config: TrainConfig, folder: Path) -> None:

@@ -19,7 +19,7 @@ from composer_bema.training.checks import build_named, check_config, device_batc
 from composer_bema.training.config import ConfigError, TrainConfig
 from composer_bema.training.data.packing import keeps_documents_apart
 from composer_bema.training.data.sections import build_evaluators, build_loader, eval_sections
-from composer_bema.training.outputs import METRICS_FILE, MetricsFile, check_run_folder, report, write_settings
+from composer_bema.training.outputs import METRICS_FILE, MetricsFile, check_run_folder, goes_on, report, write_settings
 from composer_bema.training.registry import build, find_builder, split_name
 from composer_bema.training.tokenizers import build_tokenizer
 
@@ -84,7 +84,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         'schedulers': _build_section(config, 'scheduler'),
         'algorithms': build_named('algorithms', config.algorithms),
         'callbacks': build_named('callbacks', config.callbacks),
-        'loggers': [MetricsFile(folder / METRICS_FILE), *build_named('loggers', config.loggers)],
+        'loggers': [MetricsFile(folder / METRICS_FILE, goes_on(config)), *build_named('loggers', config.loggers)],
         # An empty table is FSDP with Composer's defaults.
         'parallelism_config': None if config.fsdp_config is None else {'fsdp': config.fsdp_config},
         'device': device,

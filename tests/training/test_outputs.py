@@ -103,5 +103,11 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         check_run_folder(load_config(path))
     with pytest.raises(ConfigError, match='holds a run already'):
         check_run_folder(load_config(path, ['load_path=x.pt', 'load_weights_only=true']))
-    for goes_on in ('save_overwrite=true', 'autoresume=true', 'load_path=x.pt'):
+    # Of a checkpoint in another run's folder this one would be a branch.
+    other = tmp_path / 'other'
+    write_settings(load_config(path), other)
+    with pytest.raises(ConfigError, match='holds a run already'):
+        check_run_folder(load_config(path, [f'load_path={other}/checkpoints/x.pt']))
+    own = ['load_path=x.pt', f'load_path={folder}/checkpoints/x.pt']
+    for goes_on in ('save_overwrite=true', 'autoresume=true', *own):
         check_run_folder(load_config(path, [goes_on]))
