@@ -487,6 +487,52 @@ def test_a_bad_setting_is_an_error_that_names_it(init, settings, error, message)
         init(torch.nn.Linear(1, 1), **settings)
 
 
+# ------------------------------------------------------------------------------------------------------ other averages
+
+
+def test_a_loop_can_train_on_from_the_mean_of_its_latest_weights(trajectory):
+    """As docstrings say; what led to the mean is in the next window, and not the mean."""
+    state = cf.init_lawa(trajectory, update_freq=5, window=2)
+    for step in range(1, 16):
+        trajectory.go_to(step)
+        if cf.compute_average(trajectory, state):
+            state.copy_to(trajectory)
+            steps = [5] if step == 5 else [step - 5, step]
+            expected = trajectory.arrays['a'][steps].mean(axis=0)
+            assert_close(trajectory.a.detach().numpy(), expected, 1e-6)
+
+
+def test_ouema_counts_its_alpha_from_tau(trajectory):
+    state = cf.init_ouema(trajectory, update_freq=2, update_after='5ba', bias_power=0.5, lag=3)
+    assert state.rule.linear_step(9, 2, 0).coefficients['alpha'] == (1 + 9 - 5 + 3) ** -0.5
+
+
+@pytest.mark.parametrize(
+    ('make', 'error', 'message'),
+    [
+        (lambda m: cf.init_lawa(m, update_freq=5, window=0), ValueError, 'window must be at least 1, but is 0'),
+        (lambda m: cf.init_lawa(m, update_freq='1ep', window=2), ValueError, 'update_freq must be a number of steps'),
+        (
+            lambda m: cf.init_swa_window(m, update_freq=4, horizon=10),
+            ValueError,
+            'horizon is 10, .* no multiple of the 4',
+        ),
+        (
+            lambda m: cf.init_swa_window(m, update_freq=2, horizon='8ba', period=3),
+            ValueError,
+            'period is 3, .* no multiple of the 2',
+        ),
+        (lambda m: cf.init_swa_window(m, update_freq=2, horizon=8, period=6), ValueError, 'no multiple of period, 6'),
+        (lambda m: cf.init_dema(m, ema_power=None), ValueError, 'DEMA is an average of EMAs'),
+        (lambda m: cf.init_ouema(m, bias_power=0), ValueError, 'bias_power must be positive'),
+        (lambda m: cf.init_ouema(m, update_after=-1), ValueError, 'update_after must be a number of steps'),
+    ],
+)
+def test_bad_settings_of_other_averages(trajectory, make, error, message):
+    with pytest.raises(error, match=message):
+        make(trajectory)
+
+
 # ------------------------------------------------------------------------------------------------------------- resume
 
 

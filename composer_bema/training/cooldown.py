@@ -155,8 +155,8 @@ def _checkpoint_of_run(config: TrainConfig, unit: TimeUnit, fraction: float, at:
     early = [path for path, position in positions.items() if 0 < position <= start]
     if not early:
         raise ConfigError(
-            f"A cooldown over {fraction} of the run in '{config.run_folder}' starts at {start:.0f}{unit.value}, before its "
-            f'first checkpoint, of {min(positions.values())}{unit.value}: name one, from which a longer branch starts.',
+            f"A cooldown over {fraction} of the run in '{config.run_folder}' starts at {start:.0f}{unit.value}, before "
+            f'its first checkpoint, of {min(positions.values())}{unit.value}: name one for a longer branch.',
         )
     return early[-1]
 

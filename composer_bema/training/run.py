@@ -4,6 +4,9 @@
 """A training run from its settings: build everything they name, fit, and report."""
 
 import logging
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from composer.utils import dist, format_name_with_dist, get_device, reproducibil
 from composer.utils.file_helpers import is_uri
 from torch.distributed.checkpoint.api import CheckpointException
 
-from composer_bema.formats.completeness import newest_complete_checkpoint
+from composer_bema.formats.completeness import newest_complete_checkpoint, saved_checkpoints
 from composer_bema.training.checks import build_named, check_config, device_batch_size
 from composer_bema.training.config import ConfigError, TrainConfig
 from composer_bema.training.data.packing import keeps_documents_apart
@@ -91,8 +94,20 @@ def build_trainer(config: TrainConfig) -> Trainer:
         'precision': config.precision or ('amp_bf16' if torch.cuda.is_available() else 'fp32'),
     }
     trainer = _make_trainer(config, {**arguments, **settings})
+    if config.save_overwrite and not goes_on(config):
+        _remove_earlier_checkpoints(config)
     write_settings(config, folder)
     return trainer
+
+
+def _remove_earlier_checkpoints(config: TrainConfig) -> None:
+    """Remove those of the run that is replaced: Composer replaces those of the same steps, and the others would mix."""
+    if config.save_folder is None or is_uri(config.save_folder) or dist.get_global_rank() != 0:
+        return
+    folder = Path(format_name_with_dist(config.save_folder, str(config.run_name)))
+    for _, _, path in saved_checkpoints(folder):
+        if os.path.realpath(path) != os.path.realpath(str(config.load_path)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _resume_settings(config: TrainConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from composer import Callback, Event
@@ -13,9 +14,15 @@ from composer.core import DataSpec
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_bema import BEMA, EMA
-from tests.algorithms.family import FAMILY, REPLACING
+from composer_bema import functional as cf
+from composer_bema.averaging import fold
+from tests.algorithms.family import FAMILY, FUNCTIONS, REPLACING
 from tests.algorithms.runs import (
+    TRAINABLE,
+    FollowTrajectory,
     Record,
+    TrajectoryModel,
+    follow,
     make_classifier,
     make_evaluator,
     make_loader,
@@ -100,6 +107,30 @@ def test_updates_are_counted_from_the_burn_in(settings, run, expected):
             assert update_steps(BEMA(**settings), **run) == expected
     else:
         assert update_steps(BEMA(**settings), **run) == expected
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_the_algorithm_the_function_and_the_coefficients_agree(golden, name):
+    """Over the same weights: kept in a run, kept in a loop by hand, and as a combination of the weights in float64."""
+    trajectory = golden('trajectory').arrays
+    algorithm = FAMILY[name](update_freq='4ba', update_after='3ba')
+    seen = follow(trajectory, algorithm)
+    model = TrajectoryModel(trajectory)
+    state = FUNCTIONS[name](model, update_freq=4, update_after=3)
+    optimizer = FollowTrajectory(model, trajectory)
+    updates = []
+    for step in range(1, 61):
+        optimizer.step()
+        if cf.compute_average(model, state):
+            updates.append(step)
+            average = state.average()
+            assert all(np.array_equal(average[n].numpy(), seen[step][n]) for n in TRAINABLE)
+    assert updates == list(range(7, 61, 4))
+    rows = fold(state.rule, 3, updates)
+    for n in TRAINABLE:
+        combined = np.tensordot(rows, trajectory[n][[3, *updates]].astype(np.float64), 1)
+        for step, expected in zip(updates, combined, strict=True):
+            np.testing.assert_allclose(seen[step][n], expected, rtol=0, atol=5e-6)
 
 
 def test_theta_0_is_taken_at_the_burn_in():

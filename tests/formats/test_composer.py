@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.optim import ConstantWithWarmupScheduler
 
 from composer_bema.formats.composer import open_checkpoint
-from tests.distributed.programs import Topology
+from tests.distributed.programs import TOPOLOGIES, Topology, train
 from tests.distributed.ranks import run_ranks
 from tests.formats.runs import save_run, saved, saved_in_parts
 
@@ -51,6 +52,26 @@ def test_weights_of_a_run_with_two_averages(kind, which, average, expected):
     assert checkpoint.average_names == ['BEMA', 'EMA']
     assert_same(read(checkpoint.weights(which, average)), weights[expected])
     assert list(checkpoint.weights(which, average)) == list(checkpoint.model)
+
+
+def run_with_a_warmup(name: str, folder: Path) -> None:
+    schedule = ConstantWithWarmupScheduler('4ba')
+    train(TOPOLOGIES[name], schedulers=schedule, max_duration='8ba', save_folder=str(folder), save_interval='2ba')
+
+
+@pytest.mark.parametrize('name', ['single', 'fsdp2'])
+def test_learning_rates_are_those_of_the_next_step_and_of_the_peak(tmp_path, name):
+    topology = TOPOLOGIES[name]
+    run_ranks(run_with_a_warmup, topology.world_size, name, tmp_path)
+    rates = {step: open_checkpoint(topology.checkpoint(tmp_path, step)).learning_rates for step in (2, 6)}
+    # Composer's schedules lag by a step.
+    assert rates == {2: ([0.005], [0.02]), 6: ([0.02], [0.02])}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_without_a_schedule_there_are_no_learning_rates_to_tell(kind):
+    path, _ = KINDS[kind]('none')
+    assert open_checkpoint(path).learning_rates == ([], [])
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -154,6 +154,24 @@ def test_where_no_checkpoint_is_whole_the_run_starts_as_if_there_were_none(tmp_p
     trainer.close()
 
 
+def test_a_run_that_replaces_another_leaves_none_of_its_checkpoints(tmp_path, yaml):
+    """But for the one that it starts from, and only when all that it needs was built."""
+    checkpoints = tmp_path / 'checkpoints'
+    common = [f'save_folder={checkpoints}', 'save_overwrite=true']
+    weights_after(yaml, *common, 'save_interval=1ba', 'max_duration=5ba')
+    (checkpoints / 'notes.txt').write_text('mine')
+    before = sorted(path.name for path in checkpoints.iterdir())
+    with pytest.raises((ConfigError, FileNotFoundError)):
+        build_trainer(load_config(yaml, [*common, f'load_path={tmp_path}/nothing.pt']))
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
+    start = [f'load_path={checkpoints}/ep0-ba3-rank0.pt', 'load_weights_only=true']
+    weights_after(yaml, *common, *start, 'save_interval=2ba', 'max_duration=2ba')
+    saved = {path.name for path in checkpoints.iterdir() if not path.is_symlink()}
+    assert saved == {'ep0-ba2-rank0.pt', 'ep0-ba3-rank0.pt', 'notes.txt'}
+    weights_after(yaml, *common, 'autoresume=true', 'max_duration=4ba')
+    assert (checkpoints / 'ep0-ba2-rank0.pt').exists()
+
+
 @pytest.mark.parametrize(('save_folder', 'autoresume'), [('s3://bucket/{run_name}', True), ('checkpoints', False)])
 def test_composers_own_autoresume_is_for_remote_folders(tmp_path, yaml, monkeypatch, save_folder, autoresume):
     arguments = {}
