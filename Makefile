@@ -20,7 +20,7 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study bench-offline test test-kills lint format hooks clean
+.PHONY: help install quickstart study cooldowns bench-offline test test-kills lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -33,6 +33,9 @@ quickstart: $(INSTALLED)  ## Train a tiny model with BEMA on the CPU
 
 study: $(INSTALLED)  ## Tune the quickstart's averages again, over seeds: the tables of docs/quickstart.md, in five minutes
 	$(VENV)/bin/python benchmarks/quickstart_study.py
+
+cooldowns: $(INSTALLED)  ## Train one long run, three branches with a cooldown and averages: docs/cooldowns.md, in eleven minutes
+	$(VENV)/bin/python benchmarks/cooldowns.py
 
 bench-offline: $(INSTALLED)  ## Measure averaging ten checkpoints offline: the table of docs/offline.md, 10 GB of disk
 	$(VENV)/bin/python benchmarks/offline.py
