@@ -41,8 +41,8 @@ class LAWA(WeightAveraging):
             one see the average, those before it the weights that led to it. Default: ``False``, where the average is
             for evaluation and checkpoints only.
         snapshot_folder (str, optional): A folder on a disk, on each machine, to keep the snapshots in instead of
-            memory. Its files have no names and are gone when the run ends, however it does; a resumed run takes them
-            from the checkpoint. Default: ``None``.
+            memory. Its files lose their names as soon as they are written, and are gone when the run ends, however it
+            does; a resumed run takes the snapshots from the checkpoint. Default: ``None``.
         device (str, optional): Where snapshots and average are kept; None is beside the parameters. Default: ``'cpu'``,
             host memory.
 

@@ -16,7 +16,8 @@ __all__ = ['copy_in_file']
 def copy_in_file(tensor: torch.Tensor, dtype: torch.dtype, folder: Path) -> torch.Tensor:
     """Returns a copy on disk, which can be computed with as any tensor in host memory.
 
-    Its file has no name, so that it is gone when the tensor is, or the process, however it ends.
+    Its file loses its name as soon as it is written, so that it is gone when the tensor is, or the process, however
+    that ends.
 
     Args:
         tensor (torch.Tensor): The values, on any device.
