@@ -102,7 +102,7 @@ def rows_at_the_ends(steps: int) -> list[dict[str, Any]]:
     rows = []
     for start, end in branches(steps).items():
         constant = run['training'][end]
-        cooled = evaluations(branch_folder(start))['training'][end]
+        cooled = evaluations(branch_folder(start, end))['training'][end]
         window = round((end - start) / (INTERVAL * steps)) + 1
         losses = {f'merge, {shape}': merged[end, window, shape] for shape in SHAPES}
         losses |= {title: run[label][end] for label, title in AVERAGES.items()}
@@ -112,9 +112,9 @@ def rows_at_the_ends(steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def branch_folder(start: int) -> Path:
-    """The folder of the branch from one step."""
-    return RUN.with_name(f'{RUN.name}-cooldown-{start}ba')
+def branch_folder(start: int, end: int) -> Path:
+    """The folder of the branch from one step to another."""
+    return RUN.with_name(f'{RUN.name}-cooldown-{start}ba-{end}ba-1-sqrt')
 
 
 def curves_over(clock: str, steps: int) -> dict[str, Curve]:
@@ -127,9 +127,10 @@ def curves_over(clock: str, steps: int) -> dict[str, Curve]:
     }
     for label, title in {'training': 'constant rate', **AVERAGES}.items():
         curves[title] = [(clocks[step], loss) for step, loss in late[label].items()]
-    for start in branches(steps):
-        clocks = {**clocks, **clock_of(read_metrics(branch_folder(start) / METRICS_FILE), clock)}
-        losses = {start: run['training'].get(start), **evaluations(branch_folder(start))['training']}
+    for start, end in branches(steps).items():
+        folder = branch_folder(start, end)
+        clocks = {**clocks, **clock_of(read_metrics(folder / METRICS_FILE), clock)}
+        losses = {start: run['training'].get(start), **evaluations(folder)['training']}
         points = [(clocks[step], loss) for step, loss in losses.items() if loss is not None]
         curves[f'cooldown from step {start}'] = points
     return curves

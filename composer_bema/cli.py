@@ -100,8 +100,10 @@ def cooldown(
     from composer_bema.training.cooldown import cooldown_config
     from composer_bema.training.run import train as run_training
 
-    _show_log(None, os.environ.get('RANK', '0') == '0')
+    is_first = os.environ.get('RANK', '0') == '0'
+    _show_log(None, is_first)
     config = cooldown_config(target, fraction, decay, overrides, at=at)
+    _show_log(config.python_log_level, is_first)
     if dry_run:
         check_config(config)
         return

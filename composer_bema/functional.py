@@ -86,7 +86,7 @@ class LoopState(AverageState):
 
     def count_step(self, model: torch.nn.Module) -> bool:
         """Counts one optimizer step, takes theta_0 at tau, updates when due, and returns whether it updated."""
-        self._require_training_weights('compute_bema')
+        self._require_training_weights('compute_average')
         self.step += 1
         if not self.started:
             self._start_if_reached(model)
@@ -309,8 +309,8 @@ def init_ouema(
 def init_lawa(
     model: torch.nn.Module,
     *,
-    update_freq: Steps,
-    window: int,
+    update_freq: Steps = DEFAULTS.lawa_update_freq,
+    window: int = DEFAULTS.lawa_window,
     update_after: Steps = DEFAULTS.update_after,
     snapshot_folder: Optional[str] = None,
     average_buffers: bool = True,
@@ -352,8 +352,8 @@ def init_lawa(
 def init_swa_window(
     model: torch.nn.Module,
     *,
-    update_freq: Steps,
-    horizon: Steps,
+    update_freq: Steps = DEFAULTS.swa_update_freq,
+    horizon: Steps = DEFAULTS.swa_horizon,
     period: Optional[Steps] = None,
     update_after: Steps = DEFAULTS.update_after,
     average_buffers: bool = True,

@@ -502,6 +502,43 @@ def test_a_loop_can_train_on_from_the_mean_of_its_latest_weights(trajectory):
             assert_close(trajectory.a.detach().numpy(), expected, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ('saving', 'loading', 'message'),
+    [
+        (
+            lambda m: cf.init_lawa(m, update_freq=1, window=3),
+            lambda m: cf.init_lawa(m, update_freq=1, window=2),
+            r"laid out for \{'window': 3\}, and these settings need \{'window': 2\}",
+        ),
+        (
+            lambda m: cf.init_swa_window(m, update_freq=1, horizon=2),
+            lambda m: cf.init_swa_window(m, update_freq=1, horizon=4, period=2),
+            r"'periods': 1\}, and these settings need .*'periods': 2\}",
+        ),
+        (
+            lambda m: cf.init_ouema(m, update_freq=1),
+            lambda m: cf.init_lawa(m, update_freq=1, window=2),
+            r"laid out for another rule, and these settings need \{'window': 2\}",
+        ),
+        (
+            lambda m: cf.init_ouema(m, update_freq=1),
+            lambda m: cf.init_ouema(m, update_freq=1, bias_power=None),
+            "has no buffer 'ema', which these settings need",
+        ),
+    ],
+)
+def test_buffers_of_another_layout_are_refused_and_change_nothing(trajectory, saving, loading, message):
+    state = saving(trajectory)
+    for step in range(1, 6):
+        trajectory.go_to(step)
+        cf.compute_average(trajectory, state)
+    other = loading(trajectory)
+    before = saved_and_loaded(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved_and_loaded(state.state_dict()), trajectory)
+    assert_same_bits(saved_and_loaded(other.state_dict()), before)
+
+
 def test_ouema_counts_its_alpha_from_tau(trajectory):
     state = cf.init_ouema(trajectory, update_freq=2, update_after='5ba', bias_power=0.5, lag=3)
     assert state.rule.linear_step(9, 2, 0).coefficients['alpha'] == (1 + 9 - 5 + 3) ** -0.5

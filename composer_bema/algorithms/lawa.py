@@ -28,8 +28,8 @@ class LAWA(WeightAveraging):
     .. math::
         LAWA_t = \frac{1}{M} \sum_{k=0}^{M-1} \theta_{t - k \phi}
 
-    and of as many as there are before the window is full. It keeps the snapshots in the model's dtype, and their mean
-    in fp32, so that its checkpoints are ``window`` models larger. Parameters that froze are averaged on. It runs on the
+    and of as many as there are before the window is full. It keeps the snapshots in the model's dtype and their mean in
+    fp32, in checkpoints too. Parameters that froze are averaged on. It runs on the
     events of :class:`.BEMA`.
 
     Args:
@@ -56,12 +56,10 @@ class LAWA(WeightAveraging):
             algorithm = LAWA(update_freq='1000ba', window=10)
     """
 
-    fixed_settings = ('window',)
-
     def __init__(
         self,
         update_freq: Optional[Union[str, Time]] = None,
-        window: int = 10,
+        window: int = DEFAULTS.lawa_window,
         update_after: Union[str, Time] = f'{DEFAULTS.update_after}ba',
         replace_training_weights: bool = False,
         snapshot_folder: Optional[str] = None,
@@ -74,11 +72,13 @@ class LAWA(WeightAveraging):
         nonfinite: NonFinite = 'raise',
         device: Optional[Union[torch.device, str]] = 'cpu',
     ) -> None:
+        if not isinstance(replace_training_weights, bool):
+            raise TypeError(f'replace_training_weights must be True or False, but is {replace_training_weights!r}.')
         self.replace_training_weights = replace_training_weights
         super().__init__(
             Window(window),
             settings={'window': window, 'replace_training_weights': replace_training_weights},
-            update_freq=parse_update_freq(update_freq, update_interval, '1000ba'),
+            update_freq=parse_update_freq(update_freq, update_interval, f'{DEFAULTS.lawa_update_freq}ba'),
             update_after=update_after,
             snapshot_folder=snapshot_folder,
             eval_labels=eval_labels,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch
-from composer import Time
+from composer import State, Time
 
 from composer_bema.algorithms.times import count_in, parse_time, parse_update_freq
 from composer_bema.algorithms.weight_averaging import SaveWeights, WeightAveraging
@@ -39,7 +39,12 @@ class SWAWindow(WeightAveraging):
         period (str, optional): After what the running mean starts again, a multiple of ``update_freq``. Default:
             ``horizon``.
 
-    A resumed run has to keep these three. The other arguments, and the errors, are those of :class:`.BEMA`.
+    A resumed run has to keep the number of updates in a period, and of periods in the horizon. The other arguments, and
+    the errors, are those of :class:`.BEMA`. Updates that ``nonfinite='skip'`` leaves out make their period longer.
+
+    Raises:
+        ValueError: During training, if ``update_freq`` passes more than once in a step, so that periods would not be as
+            long as they say.
 
     Example:
         .. testcode::
@@ -49,12 +54,10 @@ class SWAWindow(WeightAveraging):
             algorithm = SWAWindow(update_freq='5ba', horizon='500ba')
     """
 
-    fixed_settings = ('update_freq', 'horizon', 'period')
-
     def __init__(
         self,
         update_freq: Optional[Union[str, Time]] = None,
-        horizon: Union[str, Time] = '500ba',
+        horizon: Union[str, Time] = f'{DEFAULTS.swa_horizon}ba',
         period: Optional[Union[str, Time]] = None,
         update_after: Union[str, Time] = f'{DEFAULTS.update_after}ba',
         *,
@@ -66,7 +69,7 @@ class SWAWindow(WeightAveraging):
         nonfinite: NonFinite = 'raise',
         device: Optional[Union[torch.device, str]] = None,
     ) -> None:
-        freq = parse_update_freq(update_freq, update_interval, '5ba')
+        freq = parse_update_freq(update_freq, update_interval, f'{DEFAULTS.swa_update_freq}ba')
         whole = parse_time('horizon', horizon, positive=True)
         part = whole if period is None else parse_time('period', period, positive=True)
         updates = count_in('horizon' if period is None else 'period', part, 'update_freq', freq)
@@ -82,3 +85,12 @@ class SWAWindow(WeightAveraging):
             nonfinite=nonfinite,
             device=device,
         )
+
+    def _intervals_passed(self, state: State) -> int:
+        passed = super()._intervals_passed(state)
+        if passed > 1:
+            raise ValueError(
+                f"update_freq='{self.update_freq.to_timestring()}' passes {passed} times in a step, in which SWAWindow "
+                'has one update: give a longer one.',
+            )
+        return passed

@@ -14,7 +14,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 import torch
 from composer import Algorithm, Event, Logger, State, Time, TimeUnit
@@ -58,9 +58,6 @@ class WeightAveraging(Algorithm):
 
     The other arguments are documented at :class:`.BEMA`.
     """
-
-    # The settings without which the saved buffers mean something else.
-    fixed_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -154,9 +151,8 @@ class WeightAveraging(Algorithm):
 
     def restore(self, saved: dict[str, Any], state: State) -> None:
         """Goes on from what :meth:`saved_state` returned, and puts the training weights into the model."""
-        self._check_fixed_settings(saved)
-        self._warn_of_other_settings(saved)
         self.average.load_state_dict(saved, state.model)
+        self._warn_of_other_settings(saved)
         if saved['origin']:
             self._set_origin(saved['origin'])
         self._last_update = saved['last_update']
@@ -276,7 +272,7 @@ class WeightAveraging(Algorithm):
         if not self.average.started:
             if times.has_reached(self.update_after, state):
                 self._start_average(state)
-        elif self._is_due(state):
+        elif self._intervals_passed(state) > 0:
             self._update(state, logger)
 
     def _start_evaluation(self, event: Event, state: State, logger: Logger) -> None:
@@ -352,14 +348,14 @@ class WeightAveraging(Algorithm):
         given = {'update_freq': self.update_freq, 'update_after': self.update_after, 'half_life': self.half_life}
         return {name: time for name, time in given.items() if time is not None}
 
-    def _is_due(self, state: State) -> bool:
-        """Returns whether this event is the first one after a multiple of update_freq."""
+    def _intervals_passed(self, state: State) -> int:
+        """Returns how many multiples of update_freq this event is the first one after."""
         assert state.previous_timestamp is not None, 'the trainer sets it with the first step'
         before, now = (
             times.intervals_since(self._origin, self.update_freq, timestamp, state)
             for timestamp in (state.previous_timestamp, state.timestamp)
         )
-        return now > before
+        return now - before
 
     def _follow_reset_clocks(self, state: State) -> None:
         """Counts from here on where the clocks stand before the last update, as after ``fit(reset_time=True)``."""
@@ -391,14 +387,6 @@ class WeightAveraging(Algorithm):
                 f'ends after {length:g}.',
                 stacklevel=2,
             )
-
-    def _check_fixed_settings(self, saved: dict[str, Any]) -> None:
-        for name in self.fixed_settings:
-            if saved['origin'] and saved['settings'].get(name) != self._settings[name]:
-                raise ValueError(
-                    f'{self._name} has {name}={self._settings[name]!r}, but the checkpoint was saved with '
-                    f'{saved["settings"].get(name)!r}, for which its buffers were laid out: resume with that.',
-                )
 
     def _warn_of_other_settings(self, saved: dict[str, Any]) -> None:
         old = saved['settings']

@@ -13,7 +13,7 @@ __all__ = ['DEFAULTS', 'Defaults', 'default_update_freq']
 
 @dataclass(frozen=True)
 class Defaults:
-    """Defaults of the paper (arXiv 2508.00180) and of TRL's ``BEMACallback``; times count optimizer steps."""
+    """Defaults of the paper (arXiv 2508.00180) and of TRL's ``BEMACallback``, and for windows; times count steps."""
 
     update_freq: int = 400
     update_after: int = 0
@@ -22,6 +22,10 @@ class Defaults:
     lag: float = 10.0
     multiplier: float = 1.0
     min_ema_multiplier: float = 0.0
+    lawa_update_freq: int = 1000
+    lawa_window: int = 10
+    swa_update_freq: int = 5
+    swa_horizon: int = 500
 
 
 DEFAULTS = Defaults()

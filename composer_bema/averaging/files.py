@@ -25,7 +25,7 @@ def copy_in_file(tensor: torch.Tensor, dtype: torch.dtype, folder: Path) -> torc
         folder (Path): A folder on the disk.
 
     Raises:
-        OSError: If there is no such folder, or no space left.
+        OSError: If there is no such folder, or no space left on its disk.
     """
     values = tensor.detach().to('cpu', dtype).contiguous()
     if not values.numel():

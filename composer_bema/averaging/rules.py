@@ -98,8 +98,11 @@ class Rule(Protocol):
         ...
 
     @property
-    def counts_updates(self) -> bool:
-        """Whether an update depends on the number of those before, so that no parameter may sit one out."""
+    def layout(self) -> Mapping[str, int]:
+        """The settings without which saved buffers mean something else, where updates depend on how many there were.
+
+        Of such a rule no parameter may sit out an update.
+        """
         ...
 
     @property
@@ -135,7 +138,7 @@ class EMA:
     buffers = ('ema',)
     constants = ()
     snapshots = ()
-    counts_updates = False
+    layout = {}
     average = 'ema'
 
     @property
@@ -161,7 +164,7 @@ class BEMA:
     buffers = (THETA_0, 'ema', 'bema')
     constants = (THETA_0,)
     snapshots = ()
-    counts_updates = False
+    layout = {}
     average = 'bema'
 
     @property
@@ -187,7 +190,7 @@ class DEMA:
     buffers = ('ema', 'ema_of_ema', 'dema')
     constants = ()
     snapshots = ()
-    counts_updates = False
+    layout = {}
     average = 'dema'
 
     @property
@@ -221,7 +224,7 @@ class OUEMA:
     buffers = (THETA_0, 'ouema')
     constants = (THETA_0,)
     snapshots = ()
-    counts_updates = False
+    layout = {}
     average = 'ouema'
 
     @property
@@ -245,7 +248,7 @@ class Latest:
     buffers = ('latest',)
     constants = ()
     snapshots = ()
-    counts_updates = False
+    layout = {}
     average = 'latest'
 
     @property

@@ -17,6 +17,7 @@ from composer_bema.averaging.sharding import FlatShard, Shard, local_part
 __all__ = [
     'BUFFERS',
     'DIGESTS',
+    'LAYOUT',
     'MODEL_HOLDS',
     'SHAPES',
     'TRAINING_WEIGHTS',
@@ -29,6 +30,7 @@ __all__ = [
 # The keys of a saved state, beside the counters that go by their attributes' names.
 BUFFERS = 'buffers'
 DIGESTS = 'digests'
+LAYOUT = 'layout'
 MODEL_HOLDS = 'model_holds'
 SHAPES = 'shapes'
 TRAINING_WEIGHTS = 'training_weights'

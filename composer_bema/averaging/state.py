@@ -32,6 +32,7 @@ from composer_bema.averaging.rules import Latest, Rule
 from composer_bema.averaging.saving import (
     BUFFERS,
     DIGESTS,
+    LAYOUT,
     MODEL_HOLDS,
     SHAPES,
     TRAINING_WEIGHTS,
@@ -100,7 +101,7 @@ class AverageState:
         self.average_buffers = average_buffers
         self.nonfinite = nonfinite
         self.device = None if device is None else _parse_device(device)
-        self.snapshot_folder = None if snapshot_folder is None else Path(snapshot_folder)
+        self.snapshot_folder = None if snapshot_folder is None else _parse_folder(snapshot_folder)
         self.num_updates = 0
         self.num_skipped = 0
         self._groups: list[_Group] = []
@@ -274,6 +275,7 @@ class AverageState:
         state = {
             'num_updates': self.num_updates,
             'num_skipped': self.num_skipped,
+            LAYOUT: dict(self.rule.layout),
             SHAPES: shapes_of(everything),
             DIGESTS: digests_of(everything),
         }
@@ -291,10 +293,11 @@ class AverageState:
             model (torch.nn.Module): The model, under any wrapping, holding the weights saved beside the state.
 
         Raises:
-            ValueError: If a buffer, a tensor's name or a shape is missing, unexpected or different, or values are not
-                those that were saved. Nothing is changed then.
+            ValueError: If a buffer, a tensor's name or a shape is missing, unexpected or different, values are not
+                those that were saved, or the rule lays out its buffers in another way. Nothing is changed then.
         """
         self._require_training_weights('load_state_dict')
+        self._require_layout(state)
         counters = state['num_updates'], state['num_skipped']
         tensors = loaded_tensors(state, model)
         training_weights = tensors.pop(TRAINING_WEIGHTS, {})
@@ -367,7 +370,7 @@ class AverageState:
         """Returns, a group each, the tensors to update from. A parameter that froze keeps its average if it can."""
         _require_no_newcomers(named, self._groups[0].average)
         parameters, *others = (matching_tensors(group.average, named) for group in self._groups)
-        if not self.rule.counts_updates:
+        if not self.rule.layout:
             parameters = {n: t for n, t in parameters.items() if named[n].requires_grad}
         return [parameters, *others]
 
@@ -400,16 +403,16 @@ class AverageState:
         named = named_tensors(model)
         for tensors in saved.values():
             matching_tensors(tensors, named)
-        lacking = [name for name in self.rule.buffers if name not in saved]
+        (rule, _), *others = self._averaged_tensors(model)
+        module_buffers = {n for _, tensors in others for n in tensors}
+        lacking = [name for name in rule.buffers if not saved.get(name, {}).keys() - module_buffers]
         if lacking:
             raise ValueError(
                 f"The saved average has no buffer '{lacking[0]}', which these settings need: it was saved under "
                 f'another rule, with {sorted(saved)}.',
             )
-        (rule, _), *others = self._averaged_tensors(model)
         # A module buffer may have been saved under another rule.
         anywhere = {n: tensor for tensors in saved.values() for n, tensor in tensors.items()}
-        module_buffers = {n for _, tensors in others for n in tensors}
         # The saved parameters rather than the trainable ones: some may have frozen since.
         parameters = {n: tensor for n, tensor in saved[rule.average].items() if n not in module_buffers}
         for n, tensor in named.items():
@@ -443,6 +446,14 @@ class AverageState:
                 restored[n] = self._kept(saved[n], dtype, named[n])
         return restored
 
+    def _require_layout(self, state: Mapping[str, Any]) -> None:
+        saved, wanted = state.get(LAYOUT) or {}, dict(self.rule.layout)
+        if state[DIGESTS] and saved != wanted:
+            raise ValueError(
+                f'The saved average has its buffers laid out for {saved or "another rule"}, and these settings need '
+                f'{wanted or "another one"}: go on with the settings that it was saved with.',
+            )
+
     def _require_start(self) -> None:
         if not self.started:
             raise RuntimeError('The average has no buffers yet: call start(model) first.')
@@ -463,6 +474,12 @@ def _parse_device(device: Union[torch.device, str]) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be None or the name of a device such as 'cpu', but is {device!r}.") from error
+
+
+def _parse_folder(folder: Union[Path, str]) -> Path:
+    if not (isinstance(folder, (Path, str)) and str(folder)):
+        raise TypeError(f'snapshot_folder must be None or the path of a folder, but is {folder!r}.')
+    return Path(folder).expanduser()
 
 
 def _require_no_newcomers(named: Mapping[str, torch.Tensor], averaged: Collection[str]) -> None:

@@ -52,13 +52,16 @@ class Window:
     size: int
     decay: DecayShape = 'linear'
     constants = ()
-    counts_updates = True
     average = 'window'
 
     def __post_init__(self) -> None:
         require_count('window', self.size)
         if self.decay not in get_args(DecayShape):
             raise ValueError(f'decay must be one of {", ".join(get_args(DecayShape))}, but is {self.decay!r}.')
+
+    @property
+    def layout(self) -> dict[str, int]:
+        return {'window': self.size}
 
     @property
     def snapshots(self) -> tuple[str, ...]:
@@ -103,12 +106,15 @@ class SWAWindow:
     periods: int = 1
     constants = ()
     snapshots = ()
-    counts_updates = True
     average = 'swa'
 
     def __post_init__(self) -> None:
         require_count('updates', self.updates)
         require_count('periods', self.periods)
+
+    @property
+    def layout(self) -> dict[str, int]:
+        return {'updates in a period': self.updates, 'periods': self.periods}
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -143,6 +149,7 @@ def swa_window_rule(horizon: int, update_freq: int, period: Optional[int] = None
         ValueError: If one is below 1, or no multiple of what it has to be.
     """
     require_count('horizon', horizon)
+    require_count('update_freq', update_freq)
     period = horizon if period is None else period
     require_count('period', period)
     if period % update_freq:

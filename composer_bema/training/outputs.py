@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +27,7 @@ __all__ = [
     'MetricsFile',
     'check_run_folder',
     'goes_on',
+    'is_below',
     'loss_curves',
     'read_metrics',
     'report',
@@ -128,13 +130,19 @@ def goes_on(config: TrainConfig) -> bool:
         return True
     if config.load_path is None or config.load_weights_only:
         return False
-    return run_folder_of(config.load_path) in (None, Path(str(config.run_folder)).absolute())
+    folder = run_folder_of(config.load_path)
+    return folder is None or os.path.realpath(folder) == os.path.realpath(str(config.run_folder))
 
 
 def run_folder_of(checkpoint: str | Path) -> Path | None:
     """The folder with the settings of the run that a checkpoint lies below, if it lies below one."""
-    folders = Path(checkpoint).absolute().parents[:CHECKPOINT_DEPTH]
+    folders = Path(os.path.abspath(checkpoint)).parents[:CHECKPOINT_DEPTH]
     return next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
+
+
+def is_below(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path leads to a folder or into it, by whatever links."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def write_settings(config: TrainConfig, folder: Path) -> None:

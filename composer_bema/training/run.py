@@ -4,7 +4,6 @@
 """A training run from its settings: build everything they name, fit, and report."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,15 @@ from composer_bema.training.checks import build_named, check_config, device_batc
 from composer_bema.training.config import ConfigError, TrainConfig
 from composer_bema.training.data.packing import keeps_documents_apart
 from composer_bema.training.data.sections import build_evaluators, build_loader, eval_sections
-from composer_bema.training.outputs import METRICS_FILE, MetricsFile, check_run_folder, goes_on, report, write_settings
+from composer_bema.training.outputs import (
+    METRICS_FILE,
+    MetricsFile,
+    check_run_folder,
+    goes_on,
+    is_below,
+    report,
+    write_settings,
+)
 from composer_bema.training.registry import build, find_builder, split_name
 from composer_bema.training.tokenizers import build_tokenizer
 
@@ -101,12 +108,16 @@ def build_trainer(config: TrainConfig) -> Trainer:
 
 
 def _remove_earlier_checkpoints(config: TrainConfig) -> None:
-    """Remove those of the run that is replaced: Composer replaces those of the same steps, and the others would mix."""
+    """Remove those of the run that is replaced: Composer replaces those of the same steps, and the others would mix.
+
+    A folder that is not in the run's own may be another's, and one that the run starts from is not to be replaced.
+    """
     if config.save_folder is None or is_uri(config.save_folder) or dist.get_global_rank() != 0:
         return
     folder = Path(format_name_with_dist(config.save_folder, str(config.run_name)))
-    for _, _, path in saved_checkpoints(folder):
-        if os.path.realpath(path) != os.path.realpath(str(config.load_path)):
+    is_source = config.load_path is not None and is_below(config.load_path, folder)
+    if is_below(folder, str(config.run_folder)) and not is_source:
+        for _, _, path in saved_checkpoints(folder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -315,10 +315,7 @@ def test_new_settings_win_over_the_saved_ones(tmp_path):
     assert bema.average.num_updates == 2 + 16
     with pytest.warns(UserWarning, match=r"update_after='20ba' \(saved: '0ba'\); averaging has begun, .* no effect"):
         make_trainer(BEMA('4ba', '20ba'), load_path=path)
-    with (
-        pytest.warns(UserWarning, match='bias_power=0.2'),
-        pytest.raises(ValueError, match="no buffer 'theta_0', which these settings need"),
-    ):
+    with pytest.raises(ValueError, match="no buffer 'theta_0', which these settings need"):
         run(BEMA('4ba', bias_power=None), save_folder=str(tmp_path / 'ema'), max_duration='8ba')
         make_trainer(BEMA('4ba'), load_path=str(tmp_path / 'ema' / 'ep0-ba8-rank0.pt'))
 

@@ -177,7 +177,9 @@ def test_a_window_of_another_size_cannot_go_on(tmp_path):
     trainer.fit()
     trainer.close()
     path = str(tmp_path / 'ep0-ba6-rank0.pt')
-    with pytest.raises(ValueError, match='LAWA has window=2, but the checkpoint was saved with 3, .* resume with that'):
+    with pytest.raises(
+        ValueError, match=r"laid out for \{'window': 3\}, and these settings need \{'window': 2\}: go on with"
+    ):
         make_trainer(LAWA('2ba', 2), load_path=path)
     with pytest.warns(UserWarning, match=r"update_freq='3ba' \(saved: '2ba'\)"):
         make_trainer(LAWA('3ba', 3), load_path=path)
@@ -188,6 +190,13 @@ def test_a_window_of_another_size_cannot_go_on(tmp_path):
     [
         (lambda: LAWA('1ba', 0), ValueError, 'window must be at least 1, but is 0'),
         (lambda: LAWA('1ba', '2ba'), TypeError, "window must be a whole number, but is '2ba'"),
+        (lambda: LAWA(replace_training_weights='no'), TypeError, "must be True or False, but is 'no'"),
+        (lambda: LAWA(snapshot_folder=5), TypeError, 'snapshot_folder must be None or the path of a folder, but is 5'),
+        (
+            lambda: LAWA(snapshot_folder=''),
+            TypeError,
+            "snapshot_folder must be None or the path of a folder, but is ''",
+        ),
         (lambda: LAWA('0ba'), ValueError, 'update_freq must be positive'),
         (lambda: LAWA('1ba', update_interval='2ba'), ValueError, 'two names of one setting'),
     ],
@@ -195,6 +204,10 @@ def test_a_window_of_another_size_cannot_go_on(tmp_path):
 def test_bad_settings_are_refused_at_once(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_folder_in_the_home_of_the_user():
+    assert LAWA(snapshot_folder='~/x').average.snapshot_folder == Path.home() / 'x'
 
 
 def test_defaults():

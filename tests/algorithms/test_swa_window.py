@@ -99,11 +99,21 @@ def test_bad_settings_are_refused_at_once(make, message):
         make()
 
 
+@pytest.mark.parametrize('update_freq', ['8tok', '0.04dur'])
+def test_periods_of_less_than_a_step_are_refused(update_freq):
+    """A step has 16 tokens, and the run twelve steps."""
+    horizon = {'8tok': '64tok', '0.04dur': '0.2dur'}[update_freq]
+    trainer = make_trainer(SWAWindow(update_freq, horizon), max_duration='12ba')
+    with pytest.raises(ValueError, match='passes 2 times in a step, in which SWAWindow has one update'):
+        trainer.fit()
+    trainer.close()
+
+
 def test_a_period_of_another_length_cannot_go_on(tmp_path):
     trainer = make_trainer(SWAWindow('2ba', '4ba'), max_duration='6ba', save_folder=str(tmp_path))
     trainer.fit()
     trainer.close()
     path = str(tmp_path / 'ep0-ba6-rank0.pt')
     for other in (SWAWindow('2ba', '6ba'), SWAWindow('1ba', '4ba'), SWAWindow('2ba', '4ba', '2ba')):
-        with pytest.raises(ValueError, match='SWAWindow has .* but the checkpoint was saved with .*: resume with that'):
+        with pytest.raises(ValueError, match=r'laid out for .*, and these settings need .*: go on with the settings'):
             make_trainer(other, load_path=path)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from composer_bema.averaging.coefficients import fold
 from composer_bema.averaging.rules import THETA, Latest, Rule
-from composer_bema.averaging.windows import DecayShape, SWAWindow, Window, merge_weights, require_count
+from composer_bema.averaging.windows import DecayShape, SWAWindow, Window, merge_weights, require_count, swa_window_rule
 from tests.averaging.reference import apply_rows
 
 NAMES = ('a', 'b', 'c', 'f', 'r')
@@ -180,6 +180,28 @@ def test_a_window_of_one_is_the_newest_weights(rule):
 def test_batch_statistics_follow_the_window_too(rule):
     """Its weights are never negative, so a variance stays positive."""
     assert rule.statistics == rule
+
+
+def test_what_their_buffers_are_laid_out_for():
+    assert Window(3, 'cosine').layout == {'window': 3}
+    assert SWAWindow(3, 2).layout == {'updates in a period': 3, 'periods': 2}
+    assert Latest().layout == {}
+
+
+@pytest.mark.parametrize(
+    ('steps', 'message'),
+    [
+        ((4, 0), 'update_freq must be at least 1, but is 0'),
+        ((0, 1), 'horizon must be at least 1'),
+        ((4, 3), 'horizon is 4, which is no multiple of the 3 steps'),
+        ((12, 2, 3), 'period is 3, which is no multiple of the 2 steps'),
+        ((10, 2, 4), 'horizon is 10, which is no multiple of period, 4'),
+    ],
+)
+def test_steps_that_make_no_whole_periods(steps, message):
+    with pytest.raises(ValueError, match=message):
+        swa_window_rule(*steps)
+    assert swa_window_rule(12, 2, 4) == SWAWindow(2, 3)
 
 
 @pytest.mark.parametrize('rule', [Window(3), SWAWindow(3, 2)])

@@ -47,9 +47,9 @@ def test_the_study_runs_and_leaves_its_tables_and_pictures(tmp_path):
     # The commands can be run again, and replace what was there.
     assert sorted(path.name for path in (tmp_path / 'runs').iterdir()) == [
         'constant_rate',
-        'constant_rate-cooldown-16ba',
-        'constant_rate-cooldown-24ba',
-        'constant_rate-cooldown-32ba',
+        'constant_rate-cooldown-16ba-20ba-1-sqrt',
+        'constant_rate-cooldown-24ba-30ba-1-sqrt',
+        'constant_rate-cooldown-32ba-40ba-1-sqrt',
         'constant_rate-merges',
         'cooldowns',
     ]

@@ -18,6 +18,7 @@ from composer_bema.training.run import train
 from tests.training.tiny import tiny_settings, write_yaml
 
 LR = 1e-2
+LR_NAME = 'lr-DecoupledAdamW/group0'
 
 
 def constant_run(folder, **changes):
@@ -48,7 +49,7 @@ def shared_run(tmp_path_factory):
 @pytest.fixture
 def run(shared_run, tmp_path):
     """A copy of the run, moved from where it was trained."""
-    return shutil.copytree(shared_run, tmp_path / 'long')
+    return shutil.copytree(shared_run, tmp_path / 'long', symlinks=True)
 
 
 def checkpoint(run, step):
@@ -71,7 +72,7 @@ def logged(folder, name):
 def test_a_branch_decays_to_the_end_and_leaves_the_run_alone(run):
     before = contents(run)
     report = train(cooldown_config(run, 0.4, 'linear'))
-    branch = run.with_name('long-cooldown-6ba')
+    branch = run.with_name('long-cooldown-6ba-10ba-linear')
     assert contents(run) == before
     assert sorted(path.name for path in branch.iterdir()) == [
         'checkpoints',
@@ -81,7 +82,7 @@ def test_a_branch_decays_to_the_end_and_leaves_the_run_alone(run):
     ]
     assert str(branch / 'metrics.jsonl') in report
     # What is logged after a step is what the next one trains with: Composer's schedules lag by one.
-    rates = logged(branch, 'lr-DecoupledAdamW/group0')
+    rates = logged(branch, LR_NAME)
     assert rates == pytest.approx({7: LR, 8: 0.75 * LR, 9: 0.5 * LR, 10: 0.25 * LR})
     # Until the first smaller step it is the run itself, on the run's own batches.
     ours, theirs = logged(branch, 'loss/train/total'), logged(run, 'loss/train/total')
@@ -102,6 +103,8 @@ def test_a_branch_decays_to_the_end_and_leaves_the_run_alone(run):
         (0.25, None, '7ba', '9ba'),
         (0.5, 4, '4ba', '8ba'),
         (0.5, 10, '10ba', '20ba'),
+        # 1 - 0.8 is a little less than a fifth in binary.
+        (0.7, None, '3ba', '10ba'),
     ],
 )
 def test_where_a_branch_starts_and_ends(run, fraction, at, start, end):
@@ -116,8 +119,9 @@ def test_where_a_branch_starts_and_ends(run, fraction, at, start, end):
         't_max': end,
         'decay': '1-sqrt',
     }
-    assert config.run_folder == f'{run}-cooldown-{start}' and config.run_name == f'tiny-cooldown-{start}'
-    assert config.save_folder == f'{run}-cooldown-{start}/checkpoints'
+    suffix = f'-cooldown-{start}-{end}-1-sqrt'
+    assert config.run_folder == f'{run}{suffix}' and config.run_name == f'tiny{suffix}'
+    assert config.save_folder == f'{run}{suffix}/checkpoints'
     # A checkpoint is as good as its step.
     assert cooldown_config(checkpoint(run, step), fraction, '1-sqrt') == config
 
@@ -131,9 +135,10 @@ def test_durations_in_other_units(tmp_path, max_duration, start, end):
     run = constant_run(tmp_path, max_duration=max_duration, scheduler={'name': 'constant'}, algorithms={})
     config = cooldown_config(run, 0.2, 'linear')
     assert (config.scheduler['t_max'], config.max_duration) == (end, end)
-    assert config.run_name.endswith(f'-cooldown-{start}')
+    suffix = f'-cooldown-{start}-{end}-linear'
+    assert config.run_name.endswith(suffix)
     train(config)
-    assert logged(run.with_name(f'run-cooldown-{start}'), 'loss/train/total')
+    assert logged(run.with_name(f'run{suffix}'), 'loss/train/total')
 
 
 def test_overrides_win(run, tmp_path):
@@ -145,23 +150,74 @@ def test_overrides_win(run, tmp_path):
 
 def test_a_branch_that_is_there_is_refused_or_replaced(run):
     train(cooldown_config(run, 0.4, 'linear'))
-    branch = run.with_name('long-cooldown-6ba')
+    branch = run.with_name('long-cooldown-6ba-10ba-linear')
     before = contents(branch)
-    with pytest.raises(ConfigError, match="'.*long-cooldown-6ba' holds a run already; .* save_overwrite=true"):
-        train(cooldown_config(run, 0.4, 'cosine'))
+    with pytest.raises(
+        ConfigError, match="'.*long-cooldown-6ba-10ba-linear' holds a run already; .* save_overwrite=true"
+    ):
+        train(cooldown_config(run, 0.4, 'linear'))
     assert contents(branch) == before
-    train(cooldown_config(run, 0.4, 'cosine', ['save_overwrite=true']))
+    train(cooldown_config(run, 0.4, 'linear', ['save_overwrite=true', 'save_interval=3ba']))
+    assert [path.name for path in (branch / 'checkpoints').iterdir() if '-ba8-' in path.name] == []
     records = [record for record in read_metrics(branch / 'metrics.jsonl') if 'loss/train/total' in record]
     assert [record['batch'] for record in records] == [6, 7, 8, 9]
+
+
+def test_another_shape_is_another_branch(run):
+    """And one in the same folder is refused, even where a branch may go on."""
+    autoresume = 'autoresume=true'
+    train(cooldown_config(run, 0.4, 'linear', [autoresume]))
+    train(cooldown_config(run, 0.4, 'cosine', [autoresume]))
+    rates = [logged(run.with_name(f'long-cooldown-6ba-10ba-{shape}'), LR_NAME) for shape in ('linear', 'cosine')]
+    assert rates[0][8] == pytest.approx(0.75 * LR) and rates[1][8] == pytest.approx((2 + 2**0.5) / 4 * LR)
+    folder = run.with_name('long-cooldown-6ba-10ba-linear')
+    same = [autoresume, f'run_folder={folder}', f'save_folder={folder}/checkpoints']
+    with pytest.raises(ConfigError, match="holds a branch with the schedule .*'linear'.*, and this one has .*'square'"):
+        cooldown_config(run, 0.4, 'square', same)
+
+
+@pytest.mark.parametrize('where', ['.', '..'])
+def test_a_run_that_is_named_from_within(run, monkeypatch, where):
+    monkeypatch.chdir(run if where == '.' else run / 'checkpoints')
+    assert cooldown_config(where, 0.2, 'linear').run_folder == f'{run}-cooldown-8ba-10ba-linear'
+
+
+def test_a_link_to_the_latest_checkpoint_is_followed(run):
+    config = cooldown_config(run / 'checkpoints' / 'latest-rank0.pt', 0.5, 'linear')
+    assert config.load_path == str(checkpoint(run, 10))
+
+
+@pytest.mark.parametrize('name', ['run \U0001f40e', "it's: a #run"])
+def test_folders_of_any_name(shared_run, tmp_path, name):
+    run = shutil.copytree(shared_run, tmp_path / name)
+    assert cooldown_config(run, 0.2, 'linear').load_path == str(checkpoint(run, 8))
+
+
+def test_a_save_folder_with_the_name_of_the_run(tmp_path):
+    run = constant_run(tmp_path, save_folder=str(tmp_path / '{run_name}' / 'saved'), algorithms={})
+    config = cooldown_config(run, 0.2, 'linear')
+    assert config.load_path == str(tmp_path / 'tiny' / 'saved' / 'ep0-ba8-rank0.pt')
+    assert config.save_folder == str(tmp_path / '{run_name}' / 'saved')
+    for save_folder in ('null', 's3://bucket/run'):
+        (run / 'config.yaml').write_text(
+            (run / 'config.yaml').read_text().replace(f"'{tmp_path}/{{run_name}}/saved'", '')
+        )
+        text = (run / 'config.yaml').read_text()
+        lines = [
+            f'save_folder: {save_folder}' if line.startswith('save_folder:') else line for line in text.splitlines()
+        ]
+        (run / 'config.yaml').write_text('\n'.join(lines))
+        with pytest.raises(ConfigError, match=f'had save_folder={save_folder}, and has left no checkpoint on this'):
+            cooldown_config(run, 0.2, 'linear')
 
 
 def test_a_branch_that_was_killed_goes_on(run):
     stopped = cooldown_config(run, 0.4, 'linear', ['max_duration=8ba', 'autoresume=true'])
     train(stopped)
     train(cooldown_config(run, 0.4, 'linear', ['autoresume=true']))
-    branch = run.with_name('long-cooldown-6ba')
+    branch = run.with_name('long-cooldown-6ba-10ba-linear')
     assert list(logged(branch, 'loss/train/total')) == [6, 7, 8, 9]
-    assert logged(branch, 'lr-DecoupledAdamW/group0')[10] == pytest.approx(0.25 * LR)
+    assert logged(branch, LR_NAME)[10] == pytest.approx(0.25 * LR)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +225,22 @@ def test_a_branch_that_was_killed_goes_on(run):
     [
         ('', {'fraction': 0.0}, 'fraction must lie between 0 and 1, the whole branch, but is 0.0'),
         ('', {'fraction': 1.0}, 'fraction must lie between 0 and 1'),
-        ('', {'fraction': 0.95}, r'starts at 1ba, before its first checkpoint, of 1ba: name one'),
-        ('', {'fraction': 0.5, 'at': 11}, r'There is no checkpoint of step 11 in .*; the nearest is of 10\.'),
-        ('checkpoints/ep0-ba4-rank0.pt', {'fraction': 0.5, 'at': 3}, 'is one checkpoint, and leaves no choice of'),
+        ('', {'fraction': 0.95}, r'starts at 0\.5ba, before its first checkpoint, of 1ba: name one'),
+        (
+            '',
+            {'fraction': 0.5, 'at': 11},
+            r'There is no checkpoint of step 11 of the run in .*; the nearest is of 10\.',
+        ),
+        (
+            'checkpoints/ep0-ba4-rank0.pt',
+            {'fraction': 0.5, 'at': 3},
+            'is one checkpoint, which leaves no choice of step 3',
+        ),
         ('checkpoints/ep0-ba4-rank0.pt', {'fraction': 0.1}, 'has no step: give a larger fraction'),
         (
             'checkpoints/ep0-ba1-rank0.pt',
             {'fraction': 0.5},
-            r'is 0(\.005)?, and 0\.01 at its peak: a cooldown starts at',
+            r"is 0, and the optimizer's own is 0\.01: a cooldown starts",
         ),
         ('checkpoints/ep0-ba99-rank0.pt', {}, "No such run or checkpoint: '.*ep0-ba99-rank0.pt'"),
         (
@@ -189,7 +253,10 @@ def test_a_branch_that_was_killed_goes_on(run):
 def test_what_cannot_be_a_branch_is_one_sentence(run, target, kwargs, message):
     before = contents(run)
     settings = {'fraction': 0.2, 'decay': 'linear', **kwargs}
-    settings['overrides'] = [text.replace('{run}', str(run)) for text in settings.get('overrides', [])]
+    run.with_name('long-link').symlink_to(run)
+    places = {'{run}': str(run), '{parent}': str(run.parent)}
+    for name, place in places.items():
+        settings['overrides'] = [text.replace(name, place) for text in settings.get('overrides', [])]
     with pytest.raises((ConfigError, FileNotFoundError), match=message):
         cooldown_config(run / target, **settings)
     assert contents(run) == before
@@ -197,7 +264,7 @@ def test_what_cannot_be_a_branch_is_one_sentence(run, target, kwargs, message):
 
 def test_a_rate_that_decays_already_is_refused(tmp_path):
     run = constant_run(tmp_path, scheduler={'name': 'cosine'}, algorithms={})
-    with pytest.raises(ConfigError, match='at its peak: a cooldown starts at the peak'):
+    with pytest.raises(ConfigError, match='a cooldown starts where the schedule leaves that as it is'):
         cooldown_config(run, 0.2, 'linear')
 
 
@@ -234,10 +301,10 @@ def test_the_command(run, caplog):
         dry = CliRunner().invoke(main, ['cooldown', str(run), '--fraction', '0.4', '--dry-run'])
     assert dry.exit_code == 0, dry.output
     assert "ba6-rank0.pt' the learning rate decays until 10ba; the branch is kept in" in caplog.text
-    assert not run.with_name('long-cooldown-6ba').exists()
+    assert not run.with_name('long-cooldown-6ba-10ba-1-sqrt').exists()
     result = CliRunner().invoke(main, ['cooldown', str(run), '--at', '4', '--fraction', '0.5', 'eval_interval=4ba'])
     assert result.exit_code == 0, result.output
-    assert 'long-cooldown-4ba/metrics.jsonl' in result.output
+    assert 'long-cooldown-4ba-8ba-1-sqrt/metrics.jsonl' in result.output
     wrong = CliRunner().invoke(main, ['cooldown', str(run), '--decay', 'exponential', '--dry-run'])
     assert wrong.exit_code == 2
     assert "scheduler: alpha_f must be above 0 where decay='exponential'" in wrong.output

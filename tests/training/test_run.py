@@ -154,22 +154,45 @@ def test_where_no_checkpoint_is_whole_the_run_starts_as_if_there_were_none(tmp_p
     trainer.close()
 
 
+def names_in(folder):
+    return {path.name for path in folder.iterdir() if not path.is_symlink()}
+
+
 def test_a_run_that_replaces_another_leaves_none_of_its_checkpoints(tmp_path, yaml):
-    """But for the one that it starts from, and only when all that it needs was built."""
-    checkpoints = tmp_path / 'checkpoints'
+    """And only when all that it needs was built."""
+    checkpoints = tmp_path / 'run' / 'checkpoints'
     common = [f'save_folder={checkpoints}', 'save_overwrite=true']
     weights_after(yaml, *common, 'save_interval=1ba', 'max_duration=5ba')
     (checkpoints / 'notes.txt').write_text('mine')
-    before = sorted(path.name for path in checkpoints.iterdir())
+    before = names_in(checkpoints)
     with pytest.raises((ConfigError, FileNotFoundError)):
-        build_trainer(load_config(yaml, [*common, f'load_path={tmp_path}/nothing.pt']))
-    assert sorted(path.name for path in checkpoints.iterdir()) == before
-    start = [f'load_path={checkpoints}/ep0-ba3-rank0.pt', 'load_weights_only=true']
-    weights_after(yaml, *common, *start, 'save_interval=2ba', 'max_duration=2ba')
-    saved = {path.name for path in checkpoints.iterdir() if not path.is_symlink()}
-    assert saved == {'ep0-ba2-rank0.pt', 'ep0-ba3-rank0.pt', 'notes.txt'}
-    weights_after(yaml, *common, 'autoresume=true', 'max_duration=4ba')
-    assert (checkpoints / 'ep0-ba2-rank0.pt').exists()
+        build_trainer(load_config(yaml, [*common, f'load_path={tmp_path}/nothing.pt', 'load_weights_only=true']))
+    assert names_in(checkpoints) == before
+    weights_after(yaml, *common, 'save_interval=2ba', 'max_duration=3ba')
+    assert names_in(checkpoints) == {'ep0-ba2-rank0.pt', 'ep0-ba3-rank0.pt', 'notes.txt'}
+
+
+@pytest.mark.parametrize(
+    'start',
+    [
+        ['autoresume=true'],
+        # It goes on from its own, by whatever name; or starts anew from one of them; or it shares the folder.
+        ['load_path={sub}/../run/checkpoints/ep0-ba3-rank0.pt'],
+        ['load_path={link}/checkpoints/ep0-ba3-rank0.pt'],
+        ['load_path={run}/checkpoints/ep0-ba3-rank0.pt', 'load_weights_only=true'],
+        ['run_folder={sub}', 'run_name=other'],
+    ],
+)
+def test_checkpoints_that_are_not_replaced_stay(tmp_path, yaml, start):
+    run = tmp_path / 'run'
+    common = [f'save_folder={run}/checkpoints', 'save_overwrite=true', 'save_interval=1ba']
+    weights_after(yaml, *common, 'max_duration=5ba')
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'link').symlink_to(run)
+    where = {name: tmp_path / name for name in ('run', 'sub', 'link')}
+    overrides = [text.format(**where) for text in start]
+    build_trainer(load_config(yaml, [*common, *overrides])).close()
+    assert names_in(run / 'checkpoints') == {f'ep0-ba{step}-rank0.pt' for step in range(1, 6)}
 
 
 @pytest.mark.parametrize(('save_folder', 'autoresume'), [('s3://bucket/{run_name}', True), ('checkpoints', False)])
