@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 
 from composer_bema.formats.tensors import TensorSpec
 
@@ -82,12 +82,8 @@ class SafetensorsFiles:
         self._folder = folder
         self._specs = specs
         self._stem = stem
-        sizes = {name: torch.empty(spec.shape, dtype=spec.dtype, device='meta') for name, spec in specs.items()}
-        self._split = split_torch_state_dict_into_shards(
-            sizes,
-            filename_pattern=f'{stem}{{suffix}}.safetensors',
-            max_shard_size=sum(spec.nbytes for spec in specs.values()) if max_shard_size is None else max_shard_size,
-        )
+        whole = sum(spec.nbytes for spec in specs.values())
+        self._split = _split(specs, stem, whole if max_shard_size is None else max_shard_size)
         self._headers: dict[str, bytes] = {}
         self._places: dict[str, _Place] = {}
         for file, names in self._split.filename_to_tensors.items():
@@ -115,7 +111,7 @@ class SafetensorsFiles:
         """
         place, spec = self._places[name], self._specs[name]
         rounded = values.to(spec.dtype)
-        if spec.dtype == torch.float16 and _overflows(values, rounded):
+        if _is_narrower(spec.dtype, values.dtype) and _overflows(values, rounded):
             raise ValueError(
                 f"Values of the tensor '{name}' are too large for {spec.dtype}: write it in another dtype."
             )
@@ -147,6 +143,26 @@ class SafetensorsFiles:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(self._folder / file, os.O_WRONLY)
             return self._descriptors[file]
+
+
+def _is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
+    both = dtype.is_floating_point and source.is_floating_point
+    return both and torch.finfo(dtype).max < torch.finfo(source).max
+
+
+def _split(specs: Mapping[str, TensorSpec], stem: str, max_shard_size: Union[int, str]) -> StateDictSplit:
+    """Returns which tensor goes into which file."""
+    sizes = {name: torch.empty(spec.shape, dtype=spec.dtype, device='meta') for name, spec in specs.items()}
+    try:
+        return split_torch_state_dict_into_shards(
+            sizes,
+            filename_pattern=f'{stem}{{suffix}}.safetensors',
+            max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"max_shard_size must be a number of bytes or a text such as '5GB', but is {max_shard_size!r}."
+        ) from error
 
 
 def _overflows(values: torch.Tensor, rounded: torch.Tensor) -> bool:

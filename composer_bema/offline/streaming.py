@@ -5,8 +5,9 @@ r"""Averages of checkpoints, computed tensor by tensor and piece by piece: every
 
 An average is a row of coefficients that sum to 1. A few are built up from the newest checkpoint to the oldest by steps
 :math:`a \leftarrow a + w_i (\theta_i - a)`, where :math:`w_i` is the part that a coefficient has in the sum of those so
-far. Many are the newest checkpoint plus a product of matrices, :math:`\theta_n + \sum_i c_i (\theta_i - \theta_n)`.
-Either way what training left alone comes out as it went in.
+far. Many are a checkpoint b of their own plus a product of matrices, :math:`\theta_b + \sum_i s_i (\theta_i -
+\theta_{i+1})`, where :math:`s_i` is the sum of the coefficients up to :math:`c_i`, less 1 from b on. Either way what
+training left alone comes out as it went in, and an average is as exact as the checkpoints up to its own allow.
 """
 
 from __future__ import annotations
@@ -61,12 +62,14 @@ class Job:
         paths (Sequence[str]): The checkpoints, for messages.
         coefficients (np.ndarray): Of the shape (averages, checkpoints); each row sums to 1. A row with a single one is
             a copy, to the bit and of any dtype.
+        copied (bool): Whether all are copies by choice, which may hold what is not finite. Default: ``False``.
     """
 
     name: str
     tensors: Sequence[LazyTensor]
     paths: Sequence[str]
     coefficients: np.ndarray
+    copied: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -177,9 +180,15 @@ class _Combination(ABC):
         self._prepare(job.coefficients[self._combined])
 
     def add(self, column: int, piece: torch.Tensor) -> list[int]:
-        """Takes a checkpoint's piece, and returns the averages that it is already."""
+        """Takes a checkpoint's piece, and returns the averages that it is already.
+
+        Raises:
+            ValueError: If there are some, and a value is not finite.
+        """
         if self._combined:
             self._take(column, piece)
+        if self._copies[column] and not self._job.copied and not _is_finite(piece):
+            self._refuse()
         return self._copies[column]
 
     def results(self, length: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -191,8 +200,7 @@ class _Combination(ABC):
         if not self._combined:
             return
         results = self._finish(length)
-        # A sum is finite unless a value is not, or it overflows.
-        if not torch.isfinite(results.sum()) and not torch.isfinite(results).all():
+        if not _is_finite(results):
             self._refuse()
         yield from zip(self._combined, results, strict=True)
 
@@ -210,7 +218,7 @@ class _Combination(ABC):
 
     def _refuse(self) -> NoReturn:
         for tensor, path in zip(self._job.tensors, self._job.paths, strict=True):
-            if not all(torch.isfinite(piece).all() for piece in tensor.pieces(_LARGEST_PIECE)):
+            if not all(map(_is_finite, tensor.pieces(_LARGEST_PIECE))):
                 raise ValueError(
                     f"The tensor '{self._job.name}' in '{path}' holds a NaN or an infinity: leave that checkpoint out, "
                     f"or take such tensors as they are (--copy '{self._job.name}')."
@@ -242,31 +250,57 @@ class _Interpolations(_Combination):
 
 
 class _Product(_Combination):
-    """Multiplies differences from the newest checkpoint by the matrix of coefficients: the faster way to many."""
+    """Multiplies the differences from checkpoint to checkpoint by a matrix: the faster way to many averages."""
 
     def _prepare(self, coefficients: np.ndarray) -> None:
-        # That of the newest is implied by the others.
-        self._coefficients = torch.from_numpy(coefficients[:, :-1]).to(self._dtype)
+        self._bases, weights = _telescoped(coefficients)
+        self._weights = torch.from_numpy(weights).to(self._dtype)
         self._operands = torch.empty(len(self._checkpoints) * self._length, dtype=self._dtype)
         self._results = torch.empty(len(coefficients) * self._length, dtype=self._dtype)
 
     def _take(self, column: int, piece: torch.Tensor) -> None:
-        operands = self._operands_of(piece.numel())
-        newest, difference = operands[-1], operands[column]
-        if column == len(operands) - 1:
-            newest.copy_(piece)
-        elif piece.dtype == self._dtype:
-            torch.sub(piece, newest, out=difference)
-        else:
-            difference.copy_(piece).sub_(newest)
+        operands, results = self._matrices(piece.numel())
+        # The last row is the checkpoint that came before this one, the next newer.
+        newer = operands[-1]
+        if column < len(operands) - 1:
+            if piece.dtype == self._dtype:
+                torch.sub(piece, newer, out=operands[column])
+            else:
+                operands[column].copy_(piece).sub_(newer)
+        newer.copy_(piece)
+        for index in self._bases[column]:
+            results[index].copy_(piece)
 
     def _finish(self, length: int) -> torch.Tensor:
-        operands = self._operands_of(length)
-        results = self._results[: len(self._coefficients) * length].view(-1, length)
-        return torch.addmm(operands[-1].expand_as(results), self._coefficients, operands[:-1], out=results)
+        operands, results = self._matrices(length)
+        return results.addmm_(self._weights, operands[:-1])
 
-    def _operands_of(self, length: int) -> torch.Tensor:
-        return self._operands[: len(self._checkpoints) * length].view(-1, length)
+    def _matrices(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the memory as matrices without gaps, of which products are fast."""
+        counts = len(self._checkpoints), len(self._weights)
+        operands, results = (
+            memory[: count * length].view(count, length)
+            for count, memory in zip(counts, (self._operands, self._results), strict=True)
+        )
+        return operands, results
+
+
+def _telescoped(coefficients: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
+    """Returns the averages that have a checkpoint for their base, by checkpoint, and what differences weigh in each.
+
+    The base is in the middle of an average's coefficients. Were it at the end, where weights that grow are largest, the
+    rounding of the differences from there would be large beside the average.
+    """
+    sums = np.cumsum(coefficients, axis=1)
+    # Coefficients may be negative: the last that is below a half.
+    is_below = sums < 0.5
+    bases = [int(np.max(np.flatnonzero(row), initial=-1)) + 1 for row in is_below]
+    columns = np.arange(coefficients.shape[1])
+    weights = sums - (columns >= np.array(bases)[:, None])
+    # Beyond the newest that weighs nothing is left but the rounding of the sum.
+    newest = np.array([np.flatnonzero(row)[-1] for row in coefficients])
+    weights[columns >= newest[:, None]] = 0
+    return [[index for index, base in enumerate(bases) if base == c] for c in columns], weights[:, :-1]
 
 
 def _step_weights(coefficients: np.ndarray) -> list[list[float]]:
@@ -275,6 +309,11 @@ def _step_weights(coefficients: np.ndarray) -> list[list[float]]:
     # The newest checkpoints weigh positively in every average, and so does all that is newer than any.
     assert (sums[coefficients != 0] > 0).all()
     return np.divide(coefficients, sums, out=np.zeros_like(coefficients), where=coefficients != 0).tolist()
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # A sum is finite unless a value is not, or it overflows.
+    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 
 
 def _rows(num_checkpoints: int, num_averages: int) -> int:

@@ -187,7 +187,13 @@ class Reading:
         rows['copied'] = np.stack([[float(s.step == a.step) for s in self.sources] for a in self.averages])
         paths = [str(source.path) for source in self.sources]
         return [
-            Job(name, [source.tensors[name] for source in self.sources], paths, rows[self._kind(name)])
+            Job(
+                name,
+                [source.tensors[name] for source in self.sources],
+                paths,
+                rows[self._kind(name)],
+                copied=name in self._copied,
+            )
             for name in self.sources[-1].tensors
         ]
 

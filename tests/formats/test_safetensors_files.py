@@ -122,6 +122,24 @@ def test_what_is_too_large_for_the_dtype_is_refused(tmp_path):
     assert load_file(tmp_path / 'model.safetensors')['a'].tolist() == [65504, -float('inf')]
 
 
+@pytest.mark.parametrize(
+    ('source', 'target', 'number'),
+    [
+        (torch.float64, torch.float32, 1e39),
+        (torch.float32, torch.bfloat16, 3.4e38),
+        (torch.bfloat16, torch.float16, 7e4),
+    ],
+)
+def test_no_narrowing_makes_an_infinity(tmp_path, source, target, number):
+    files = SafetensorsFiles(tmp_path, {'a': TensorSpec(torch.Size([1]), target)})
+    files.create()
+    with pytest.raises(ValueError, match=f"tensor 'a' are too large for {target}: write it in another dtype"):
+        files.write('a', 0, torch.tensor([number], dtype=source))
+    files.write('a', 0, torch.ones(1, dtype=source))
+    files.close()
+    assert load_file(tmp_path / 'model.safetensors')['a'].tolist() == [1]
+
+
 def test_what_is_not_written_is_zero(tmp_path):
     files = SafetensorsFiles(tmp_path, {'a': TensorSpec(torch.Size([3]), torch.float32)})
     files.create()
@@ -160,9 +178,15 @@ def test_a_file_begins_when_one_is_full(tmp_path):
     assert [path.name for path in (tmp_path / 'one').iterdir()] == ['model.safetensors']
 
 
-@pytest.mark.parametrize('size', ['5XB', 'large'])
+def test_a_size_in_digits_counts_bytes(tmp_path):
+    tensors = {name: torch.ones(2) for name in 'ab'}
+    write(tmp_path, tensors, max_shard_size='8')
+    assert len(list(tmp_path.glob('*.safetensors'))) == 2
+
+
+@pytest.mark.parametrize('size', ['5XB', 'large', '', '-5'])
 def test_a_size_that_is_none_is_refused(tmp_path, size):
-    with pytest.raises(ValueError, match=size):
+    with pytest.raises(ValueError, match=f"^max_shard_size must be a number of bytes or .*'5GB', but is {size!r}"):
         SafetensorsFiles(tmp_path, specs_of({'a': torch.ones(2)}), max_shard_size=size)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from composer_bema.averaging.coefficients import fold
 from composer_bema.averaging.rules import bema_rule, dema_rule, ema_rule
+from composer_bema.averaging.windows import Window
 from composer_bema.formats.tensors import LazyTensor, piece_memory
 from composer_bema.offline import streaming
 from composer_bema.offline.outputs import MemoryWriter
@@ -47,15 +48,15 @@ def lazy(tensor):
     return LazyTensor(tensor.shape, tensor.dtype, lambda: tensor, stream)
 
 
-def job_of(name, tensors, coefficients):
+def job_of(name, tensors, coefficients, copied=False):
     paths = [f'step{index}' for index in range(len(tensors))]
-    return Job(name, [lazy(tensor) for tensor in tensors], paths, np.asarray(coefficients, dtype=np.float64))
+    return Job(name, [lazy(tensor) for tensor in tensors], paths, np.asarray(coefficients, dtype=np.float64), copied)
 
 
-def averages_of(tensors, coefficients, threads=1, dtype=torch.float64):
+def averages_of(tensors, coefficients, threads=1, dtype=torch.float64, copied=False):
     """The averages of one tensor, in a wide enough dtype to see all of their bits."""
     sinks = [MemoryWriter({'x': LazyTensor.of(tensors[0]).spec._replace(dtype=dtype)}) for _ in coefficients]
-    stream_averages([job_of('x', tensors, coefficients)], sinks, threads)
+    stream_averages([job_of('x', tensors, coefficients, copied)], sinks, threads)
     return [sink.weights['x'] for sink in sinks]
 
 
@@ -118,6 +119,41 @@ def test_two_averages_and_three_are_computed_in_two_ways_and_alike(rule, count):
     np.testing.assert_allclose(torch.stack(found).numpy(), expected, rtol=0, atol=1e-5)
 
 
+def growing(dtype=torch.float32, count=30):
+    """Weights that start from zero and grow without bounds."""
+    return [(torch.rand(1000) * 2 - 1).mul(1e-3 * (1.8**step - 1)).to(dtype) for step in range(count)]
+
+
+def relative_errors(found, rows, tensors):
+    expected = np.tensordot(rows, np.stack([tensor.double().numpy() for tensor in tensors]), 1)
+    return [
+        np.linalg.norm(values.double().numpy() - row) / np.linalg.norm(row)
+        for values, row in zip(found, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize('rule', [ema_rule(), ema_rule(smoothing=0.9), bema_rule(), dema_rule(), Window(4)])
+def test_an_average_is_as_exact_as_its_own_checkpoints_allow(strategy, rule):
+    """Whatever the weights of newer ones are: of the last one here they are eight powers of ten larger."""
+    tensors = growing()
+    steps = range(1, len(tensors))
+    rows = fold(rule, 0, steps)
+    with pieces_of(64, STRATEGIES[strategy]):
+        found = averages_of(tensors, rows)
+    assert max(relative_errors(found, rows, tensors)) < 1e-6
+
+
+@pytest.mark.parametrize('rule', [ema_rule(), Window(2)])
+def test_an_average_does_not_depend_on_those_that_are_asked_for_with_it(rule):
+    tensors = growing()
+    rows = fold(rule, 0, range(1, len(tensors)))
+    together = averages_of(tensors, rows)
+    for index in (1, 9, len(rows) - 1):
+        (alone,) = averages_of(tensors, rows[index : index + 1])
+        torch.testing.assert_close(together[index], alone, rtol=0, atol=1e-6 * alone.abs().max().item())
+
+
 @pytest.mark.parametrize('strategy', STRATEGIES)
 @pytest.mark.parametrize('dtype', FLOATS)
 def test_what_training_left_alone_comes_out_as_it_went_in(strategy, dtype):
@@ -136,7 +172,7 @@ def test_copies_are_exact_to_the_bit(strategy, dtype):
     tensors = [torch.randint(0, 256, (40 * dtype.itemsize,), dtype=torch.uint8) for _ in range(3)]
     tensors = [(bits % 2 if dtype == torch.bool else bits).view(dtype) for bits in tensors]
     with pieces_of(16, STRATEGIES[strategy]):
-        found = averages_of(tensors, np.eye(3)[[0, 2, 1]], dtype=dtype)
+        found = averages_of(tensors, np.eye(3)[[0, 2, 1]], dtype=dtype, copied=True)
     for values, index in zip(found, (0, 2, 1), strict=True):
         assert torch.equal(values.view(torch.uint8), tensors[index].view(torch.uint8))
 
@@ -205,10 +241,23 @@ def test_a_value_that_is_not_finite_is_traced_to_its_checkpoint(strategy, bad, p
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize('bad', [float('nan'), -float('inf')])
+def test_an_average_of_one_checkpoint_may_not_hold_them_either(strategy, bad):
+    """As that of a window of one is: it is no copy that was asked for."""
+    tensors = [torch.zeros(9), torch.zeros(9), torch.zeros(9)]
+    tensors[1][5] = bad
+    with (
+        pieces_of(4, STRATEGIES[strategy]),
+        pytest.raises(ValueError, match="'x' in 'step1' holds a NaN or an infinity"),
+    ):
+        averages_of(tensors, np.eye(3)[[2, 1]])
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
 def test_an_infinity_that_is_copied_is_none_of_our_business(strategy):
     tensors = [torch.full((9,), -float('inf')), torch.full((9,), float('nan'))]
     with pieces_of(4, STRATEGIES[strategy]):
-        first, second = averages_of(tensors, np.eye(2))
+        first, second = averages_of(tensors, np.eye(2), copied=True)
     assert (first == -float('inf')).all() and second.isnan().all()
 
 
