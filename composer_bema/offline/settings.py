@@ -140,8 +140,9 @@ def settings_of(rule: str) -> dict[str, inspect.Parameter]:
     Raises:
         ValueError: If there is no such rule.
     """
-    if rule not in RULES:
-        raise ValueError(f"There is no rule '{rule}', but {', '.join(RULES)}.")
+    # One that is no text may have no hash to be looked up by.
+    if not isinstance(rule, str) or rule not in RULES:
+        raise ValueError(f'There is no rule {rule!r}, but {", ".join(RULES)}.')
     parameters = {n: p for n, p in inspect.signature(RULES[rule]).parameters.items() if n not in _STEPS}
     if 'ema_power' in parameters:
         parameters |= inspect.signature(_schedule_settings).parameters
