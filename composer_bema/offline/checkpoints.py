@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -52,12 +53,14 @@ class Source:
         path (Path): The file or folder.
         tensors (Mapping[str, LazyTensor]): Its weights.
         model (Pretrained | Checkpoint, optional): What else it says of its model; None for bare safetensors.
+        weights (str, optional): Which of a Composer checkpoint's weights these are; None for other formats.
     """
 
     step: int
     path: Path
     tensors: Mapping[str, LazyTensor]
     model: Optional[Union[Pretrained, Checkpoint]] = None
+    weights: Optional[str] = None
 
     @property
     def size(self) -> int:
@@ -136,7 +139,7 @@ def open_initial_model(name: str, like: Source) -> Source:
     path = Path(name)
     local = path if path.is_file() or path.is_dir() else find_pretrained(name)
     source = _open(Found(0, local), MODEL)
-    renamed = Source(0, local, _renamed(source, like), source.model)
+    renamed = dataclasses.replace(source, tensors=_renamed(source, like))
     _require_same_tensors(renamed, like)
     return renamed
 
@@ -159,7 +162,7 @@ def _open(found: Found, weights: str) -> Source:
         if not path.is_dir():
             raise
         return Source(found.step, path, _read_sharded(path))
-    return Source(found.step, path, checkpoint.weights(weights), checkpoint)
+    return Source(found.step, path, checkpoint.weights(weights), checkpoint, weights)
 
 
 def _read_sharded(folder: Path) -> dict[str, LazyTensor]:

@@ -107,6 +107,18 @@ class Setting:
         steps = {'update_freq': self.update_freq, 'update_after': self.update_after or None}
         return {**self.options, **{name: value for name, value in steps.items() if value is not None}}
 
+    @property
+    def effective(self) -> dict[str, Any]:
+        """The settings of its rule that have an effect, with those at their defaults."""
+        values = _values(self.rule, self.options)
+        # What None stands for where it switches nothing off.
+        others = {'period': values.get('horizon'), 'ema_update_after': self.update_after}
+        values |= {name: other for name, other in others.items() if name in values and values[name] is None}
+        idle = {*_idle(self.rule, self.options)}
+        if values.get('schedule') == 'paper':
+            idle.add('ema_update_after')
+        return {name: value for name, value in values.items() if name not in idle}
+
     def __str__(self) -> str:
         return ' '.join([self.rule, *(f'{name}={value}' for name, value in self.given.items())])
 

@@ -206,6 +206,53 @@ def test_what_serves_alpha_has_an_effect(rule, options):
     assert Setting(rule, options).build(4) != Setting(rule).build(4)
 
 
+# What has an effect
+
+
+BOTH = {'lag': 10.0, 'multiplier': 1.0, 'half_life': None, 'schedule': 'paper'}
+CONSTANT = {'smoothing': None, 'schedule': 'paper'}
+
+
+@pytest.mark.parametrize(
+    ('rule', 'options', 'expected'),
+    [
+        ('bema', {'lag': 1}, {**BOTH, 'ema_power': 0.5, 'bias_power': 0.2, 'min_ema_multiplier': 0.0, 'lag': 1}),
+        ('bema', {'half_life': 5}, {**BOTH, 'bias_power': 0.2, 'half_life': 5}),
+        ('bema', {'ema_power': None}, {**BOTH, 'bias_power': 0.2, 'ema_power': None}),
+        ('ema', {'half_life': 5}, {**CONSTANT, 'half_life': 5}),
+        ('dema', {'smoothing': 0.5}, {**CONSTANT, 'smoothing': 0.5, 'half_life': None}),
+        (
+            'ouema',
+            {'ema_power': None, 'schedule': 'reference'},
+            {'ema_power': None, 'bias_power': 0.2, 'half_life': None, 'lag': 10.0, 'schedule': 'reference'},
+        ),
+        (
+            'ema',
+            {'schedule': 'reference'},
+            {
+                'ema_power': 0.5,
+                'lag': 10.0,
+                'multiplier': 1.0,
+                'min_ema_multiplier': 0.0,
+                'half_life': None,
+                'smoothing': None,
+                'schedule': 'reference',
+                'ema_update_after': 3,
+            },
+        ),
+        ('lawa', {'window': 4}, {'window': 4}),
+        ('decay_merge', {'window': 4}, {'window': 4, 'decay': 'linear'}),
+        ('swa_window', {'horizon': 8}, {'horizon': 8, 'period': 8}),
+        ('swa_window', {'horizon': 8, 'period': 4}, {'horizon': 8, 'period': 4}),
+    ],
+)
+def test_the_settings_that_have_an_effect(rule, options, expected):
+    """They make the same average, with what would otherwise be known to this version alone."""
+    setting = Setting(rule, options, update_after=3)
+    assert setting.effective == expected
+    assert Setting(rule, expected, update_after=3).build(4) == setting.build(4)
+
+
 def test_periods_need_even_spacing():
     with pytest.raises(ValueError, match='swa_window needs checkpoints that are evenly spaced: give an update_freq'):
         Setting('swa_window', {'horizon': 8}).build(None)
