@@ -262,7 +262,7 @@ def test_an_average_is_not_taken_for_a_checkpoint_of_the_run(tmp_path):
     stabilize(tmp_path / 'in', tmp_path / 'out', LAWA)
     assert [path.name for path in (tmp_path / 'out').glob('*.pt')] == ['ep0-ba4-rank0.pt']
     (tmp_path / 'out' / 'ep0-ba4-rank0.pt').rename(tmp_path / 'in' / 'ep0-ba6-rank0.pt')
-    assert_refused(tmp_path / 'in', r"ep0-ba6-rank0\.pt' has no training weights: its model holds the LAWA weights")
+    assert_refused(tmp_path / 'in', r"ep0-ba6-rank0\.pt' has no training weights: its model holds the LAWA average in")
 
 
 @pytest.mark.parametrize(
@@ -276,8 +276,8 @@ def test_an_average_is_not_taken_for_a_checkpoint_of_the_run(tmp_path):
         (
             {'callbacks': {'AveragingCheckpoint': {'model_holds': 'BEMA'}}},
             'training',
-            r"ep0-ba4-rank0\.pt' has no training weights: its model holds the BEMA weights, and was saved with "
-            r'state_in_checkpoint=False\.$',
+            r"ep0-ba4-rank0\.pt' has no training weights: its model holds the BEMA average in their place; use a "
+            r'checkpoint that has them\.$',
         ),
         (
             {'algorithms': [('EMA', {'ema_weights_active': True})]},
