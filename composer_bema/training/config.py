@@ -155,7 +155,8 @@ def _apply_override(config: Any, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"Override '{override}' is not of the form key=value.")
     try:
-        # from_dotlist parses the value, whose interpolations wait for the whole; update, unlike merge, reaches into lists.
+        # from_dotlist parses the value, whose interpolations wait for the whole. update, unlike merge, reaches into
+        # lists.
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f'value={text}']), resolve=False)
         assert isinstance(parsed, dict)
         parent = key.rpartition('.')[0]
