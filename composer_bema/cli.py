@@ -100,10 +100,9 @@ def cooldown(
     from composer_bema.training.cooldown import cooldown_config
     from composer_bema.training.run import train as run_training
 
-    is_first = os.environ.get('RANK', '0') == '0'
-    _show_log(None, is_first)
+    _show_log(None, _is_first_process())
     config = cooldown_config(target, fraction, decay, overrides, at=at)
-    _show_log(config.python_log_level, is_first)
+    _show_log(config.python_log_level, _is_first_process())
     if dry_run:
         check_config(config)
         return
@@ -230,7 +229,9 @@ def stabilize(
     setting = _setting(rule, options)
     if dry_run:
         trajectory = Trajectory(checkpoints, initial_model=initial_model)
-        click.echo(_weights_table(trajectory.plan(setting, at), trajectory.steps))
+        table = _weights_table(trajectory.plan(setting, at), trajectory.steps)
+        if _is_first_process():
+            click.echo(table)
         return
     if out is None:
         raise click.UsageError("Missing option '--out'.")
@@ -287,8 +288,10 @@ def weights(
     """Show what each of a directory of CHECKPOINTS weighs in averages; options go to the rules that have them."""
     from composer_bema.offline.plan import weight_curves
     from composer_bema.offline.trajectory import Trajectory
-    from composer_bema.plots import plot_curves
+    from composer_bema.plots import check_folder, plot_curves
 
+    if out is not None:
+        check_folder(out)
     trajectory = Trajectory(checkpoints, initial_model=initial_model)
     averages = [average for rule in rules for average in trajectory.plan(_setting(rule, options, rules), at)]
     click.echo(_weights_table(averages, trajectory.steps))
@@ -440,6 +443,11 @@ def _say(closing: str) -> None:
     """Print the closing words of a run, which the first of its processes has."""
     if closing:
         click.echo(closing)
+
+
+def _is_first_process() -> bool:
+    """Return whether this is the only process, or the first of those that a launcher has started."""
+    return os.environ.get('RANK', '0') == '0'
 
 
 def _show_log(level: str | None, is_first_rank: bool = True) -> None:

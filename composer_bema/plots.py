@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['plot_curves', 'plot_heat_map']
+__all__ = ['check_folder', 'plot_curves', 'plot_heat_map']
 
 Curve = Sequence[tuple[float, float]]
 
@@ -22,8 +22,8 @@ def plot_curves(curves: Mapping[str, Curve], path: str | Path, x_label: str, y_l
 
     Args:
         curves: Points (x, y) by name; the legend keeps their order.
-        path: The PNG file, replaced when it is there.
-        x_label: What x counts, in whole numbers.
+        path: The PNG file, in a folder that is there; replaced when it is there itself.
+        x_label: What x is; its ticks are whole numbers where it spans several.
         y_label: What y measures.
     """
     from matplotlib.ticker import MaxNLocator
@@ -49,7 +49,7 @@ def plot_heat_map(
 
     Args:
         cells: Values by (x, y); those that are missing stay blank.
-        path: The PNG file, replaced when it is there.
+        path: The PNG file, in a folder that is there; replaced when it is there itself.
         x_label: What x is.
         y_label: What y is.
         value_label: What the values are.
@@ -79,6 +79,17 @@ def plot_heat_map(
     _write(figure, path)
 
 
+def check_folder(path: str | Path) -> None:
+    """Check that there is a folder for a picture.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder '{folder}' for the picture '{path}': make it, or name another.")
+
+
 def _figure() -> 'Figure':
     # Drawn without pyplot: no window system is touched, and no figure of the caller's is disturbed.
     from matplotlib.figure import Figure
@@ -89,6 +100,7 @@ def _figure() -> 'Figure':
 def _write(figure: 'Figure', path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    check_folder(path)
     path = Path(path)
     unfinished = path.with_name(f'.{path.name}')
     FigureCanvasAgg(figure).print_figure(unfinished, dpi=150, format='png')

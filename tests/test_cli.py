@@ -183,6 +183,15 @@ def test_a_dry_run_prints_coefficients_and_reads_nothing(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize(('rank', 'says'), [('0', True), ('3', False)])
+def test_of_several_processes_one_prints(checkpoints, monkeypatch, rank, says):
+    monkeypatch.setenv('RANK', rank)
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    result = run('stabilize', checkpoints, '--rule', 'lawa', '--window', '2', '--dry-run')
+    assert result.exit_code == 0, result.output
+    assert ('lawa window=2' in result.stdout) == bool(result.stdout) == says
+
+
 def test_none_switches_a_power_off(checkpoints):
     def coefficients(*options):
         result = run('stabilize', checkpoints, '--rule', 'bema', '--update-after', '10', '--dry-run', *options)
@@ -216,7 +225,8 @@ def test_none_switches_a_power_off(checkpoints):
     ],
 )
 def test_stabilize_says_what_is_wrong(tmp_path, checkpoints, arguments, sentence):
-    assert_is_one_sentence(run('stabilize', checkpoints, '--out', str(tmp_path / 'out'), *arguments), sentence)
+    out = tmp_path / 'made' / 'for' / 'it'
+    assert_is_one_sentence(run('stabilize', checkpoints, '--out', str(out), *arguments), sentence)
     assert not list(tmp_path.iterdir())
 
 
@@ -262,6 +272,13 @@ def test_weights_of_several_rules_and_their_picture(tmp_path, checkpoints):
     ]
     assert drawn == f"Drew '{picture}'."
     assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_picture_without_a_folder_is_refused_at_once(tmp_path, checkpoints):
+    picture = tmp_path / 'none' / 'weights.png'
+    result = run('weights', checkpoints, '--rule', 'lawa', '--window', '2', '--out', str(picture))
+    assert_is_one_sentence(result, f"There is no folder '{picture.parent}' for the picture '{picture}'")
+    assert not result.stdout
 
 
 def test_an_option_that_no_rule_has(checkpoints):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from composer_bema.plots import plot_curves, plot_heat_map
+from composer_bema.plots import check_folder, plot_curves, plot_heat_map
 
 
 @pytest.mark.parametrize('curves', [{'ema': [(1, 2.0), (2, 1.5)], 'bema': [(1, 1.9)]}, {'one': []}])
@@ -70,3 +70,25 @@ def test_a_heat_map_has_its_numbers_in_their_cells(tmp_path, monkeypatch):
     assert [label.get_text() for label in axes.get_xticklabels()] == ['0.25', '0.5']
     assert [label.get_text() for label in axes.get_yticklabels()] == ['1', '2']
     assert axes.images[0].origin == 'lower'
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    (tmp_path / 'file').touch()
+    for name in ('none', 'file'):
+        path = tmp_path / name / 'x.png'
+        message = f"^There is no folder '{tmp_path / name}' for the picture '{path}': make it, or name another.$"
+        for draw in (check_folder, lambda path: plot_curves({'a': [(1, 2)]}, path, 'x', 'y')):
+            with pytest.raises(FileNotFoundError, match=message):
+                draw(path)
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_ticks_are_whole_numbers_where_there_are_several(tmp_path, monkeypatch):
+    """Of steps they are, and of a power between 0 and 1 they cannot be."""
+    drawn = []
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    for last in (6, 0.6):
+        plot_curves({'a': [(last / 3, 1), (last, 2)]}, tmp_path / 'x.png', 'x', 'y')
+    steps, powers = (figure.axes[0].get_xticks() for figure in drawn)
+    assert len(steps) > 2 and all(tick == round(tick) for tick in steps)
+    assert sum(0.2 <= tick <= 0.6 for tick in powers) > 2

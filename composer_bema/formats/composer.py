@@ -158,8 +158,8 @@ class Checkpoint:
         saved = self.averages.get(self.model_holds)
         if saved is None:
             raise ValueError(
-                f"'{self.path}' has no training weights: its model holds the {self.model_holds} weights, and was saved "
-                'with state_in_checkpoint=False.'
+                f"'{self.path}' has no training weights: its model holds the {self.model_holds} average in their "
+                'place; use a checkpoint that has them.'
             )
         return saved.training_weights()
 

@@ -39,8 +39,10 @@ def uncompressed(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: If it cannot be uncompressed.
     """
-    is_archive = path.name.endswith(_ARCHIVES)
-    if not path.is_file() or not (is_archive or (path.suffix in _PROGRAMS and path.stem.endswith('.pt'))):
+    # Composer's link to the latest checkpoint has another extension than that. A store of contents has none.
+    named = path.resolve() if path.resolve().suffix else path
+    is_archive = named.name.endswith(_ARCHIVES)
+    if not path.is_file() or not (is_archive or (named.suffix in _PROGRAMS and named.stem.endswith('.pt'))):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -49,12 +51,11 @@ def uncompressed(path: Path) -> Iterator[Path]:
             if is_archive:
                 _extract(path, file)
             else:
-                _decompress(path, file)
+                _decompress(path, _PROGRAMS[named.suffix], file)
         yield target
 
 
-def _decompress(path: Path, file: IO[bytes]) -> None:
-    program = _PROGRAMS[path.suffix]
+def _decompress(path: Path, program: str, file: IO[bytes]) -> None:
     try:
         done = subprocess.run(
             [program, '-dc', str(path.resolve())],

@@ -26,6 +26,8 @@ __all__ = ['METADATA', 'LazyValue', 'plain', 'read_folder', 'read_model', 'store
 
 METADATA = '.metadata'
 
+_NO_WHOLE = "its .metadata has '{}' in parts that do not make up the whole"
+
 # What trainers call their model's state.
 _MODELS = ('model', 'model_state_dict', 'state_dict')
 
@@ -135,11 +137,13 @@ def _lazy_tensor(folder: Path, key: str, stored: Any, parts: Mapping[Any, Stored
         for offsets, sizes in chunks
     )
     if not fit or sum(math.prod(sizes) for _, sizes in chunks) != math.prod(shape):
-        raise ValueError(f"its .metadata has '{key}' in parts that do not make up the whole")
+        raise ValueError(_NO_WHOLE.format(key))
     # torch leaves the place out of the index of a tensor that is whole.
     located = [_Chunk(o, sizes, parts.get((key, o)) or parts[key, ()]) for o, sizes in chunks]
     read = functools.partial(_assemble, folder, key, shape, dtype, located)
     rows = _in_rows(shape, located)
+    if rows is None and _overlap(located):
+        raise ValueError(_NO_WHOLE.format(key))
     stream = None if rows is None else functools.partial(_stream, folder, key, dtype, rows, read)
     return LazyTensor(shape, dtype, read, stream)
 
@@ -179,6 +183,16 @@ def _in_rows(shape: torch.Size, chunks: list[_Chunk]) -> Optional[list[_Chunk]]:
             return None
         row += sum(sizes[:1])
     return ordered
+
+
+def _overlap(chunks: list[_Chunk]) -> bool:
+    """Returns whether any two parts of a tensor have a value in common."""
+    filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    begins = torch.tensor([chunk.offsets for chunk in filled])
+    ends = begins + torch.tensor([chunk.sizes for chunk in filled])
+    # One with all that follow: of a tensor that is cut along two axes there may be thousands.
+    meet = (((begins[i + 1 :] < ends[i]) & (begins[i] < ends[i + 1 :])).all(dim=1).any() for i in range(len(filled)))
+    return any(meet)
 
 
 def _stream(

@@ -64,7 +64,8 @@ _PIECE = 1024 * 1024
 def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[Path]:
     """Holds a temporary folder to write to, which becomes ``folder`` when all has been written, and else is removed.
 
-    What a killed process has left of an earlier attempt is removed.
+    The folders that it is in are made, and removed with it. What a killed process has left of an earlier attempt is
+    removed, too.
 
     Args:
         folder (str | Path): The folder to make.
@@ -84,8 +85,11 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
         raise FileExistsError(f"'{folder}' exists and is not an empty folder: name another one, or remove it.")
     if folder.is_mount() or folder == Path.cwd():
         raise FileExistsError(f"'{folder}' cannot be made anew, since it is mounted or in use: name a folder in it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary, _locked(Path(temporary)):
+    with (
+        _parents_of(folder),
+        tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary,
+        _locked(Path(temporary)),
+    ):
         unfinished, replaced = Path(temporary) / _NEW, Path(temporary) / _REPLACED
         unfinished.mkdir()
         yield unfinished
@@ -99,6 +103,20 @@ def new_folder(folder: Union[str, Path], *, replace: bool = False) -> Iterator[P
             unfinished.rename(folder)
         finally:
             _put_back(replaced, folder)
+
+
+@contextlib.contextmanager
+def _parents_of(folder: Path) -> Iterator[None]:
+    """Makes the folders that a folder is in, and if the block fails removes them, but for what others put in them."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -78,6 +78,11 @@ class LazyTensor:
         pieces = zip(self.pieces(_COMPARED), other.pieces(_COMPARED), strict=True)
         return all(torch.equal(a, b) for a, b in pieces)
 
+    def is_constant(self) -> bool:
+        """Returns whether all values are the same; the first that differs ends the reading."""
+        first = next(self.pieces(_COMPARED))[:1].clone()
+        return all(torch.equal(piece, first.expand_as(piece)) for piece in self.pieces(_COMPARED))
+
     def to(self, dtype: torch.dtype) -> LazyTensor:
         """Returns it in another dtype; what is no floating-point number stays as it is."""
         if dtype == self.dtype or not self.dtype.is_floating_point:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -52,12 +53,14 @@ class Source:
         path (Path): The file or folder.
         tensors (Mapping[str, LazyTensor]): Its weights.
         model (Pretrained | Checkpoint, optional): What else it says of its model; None for bare safetensors.
+        weights (str, optional): Which of a Composer checkpoint's weights these are; None for other formats.
     """
 
     step: int
     path: Path
     tensors: Mapping[str, LazyTensor]
     model: Optional[Union[Pretrained, Checkpoint]] = None
+    weights: Optional[str] = None
 
     @property
     def size(self) -> int:
@@ -136,8 +139,7 @@ def open_initial_model(name: str, like: Source) -> Source:
     path = Path(name)
     local = path if path.is_file() or path.is_dir() else find_pretrained(name)
     source = _open(Found(0, local), MODEL)
-    tensors = _renamed(source.tensors, like.tensors)
-    renamed = Source(0, local, tensors, source.model)
+    renamed = dataclasses.replace(source, tensors=_renamed(source, like))
     _require_same_tensors(renamed, like)
     return renamed
 
@@ -148,7 +150,10 @@ def _open(found: Found, weights: str) -> Source:
         pretrained = open_pretrained(path)
         return Source(found.step, path, pretrained.weights, pretrained)
     if path.suffix == '.safetensors':
-        return Source(found.step, path, read_safetensors(path))
+        tensors = read_safetensors(path)
+        if not tensors:
+            raise ValueError(f"'{path}' cannot be read as weights: it holds no tensors; use another checkpoint.")
+        return Source(found.step, path, tensors)
     if path.is_dir() and not (path / METADATA).is_file() and not any(path.glob('*.distcp')):
         raise ValueError(f"'{path}' holds no weights: it is neither a Hugging Face folder nor a sharded checkpoint.")
     try:
@@ -157,7 +162,7 @@ def _open(found: Found, weights: str) -> Source:
         if not path.is_dir():
             raise
         return Source(found.step, path, _read_sharded(path))
-    return Source(found.step, path, checkpoint.weights(weights), checkpoint)
+    return Source(found.step, path, checkpoint.weights(weights), checkpoint, weights)
 
 
 def _read_sharded(folder: Path) -> dict[str, LazyTensor]:
@@ -184,24 +189,40 @@ def _refuse_average(source: Source, weights: str) -> None:
         )
 
 
-def _renamed(tensors: Mapping[str, LazyTensor], like: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Returns tensors under the names that others of the same model have."""
-    with_prefix = {PREFIX + name: tensor for name, tensor in tensors.items()}
-    without_prefix = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    tensors = max(tensors, with_prefix, without_prefix, key=lambda renamed: len(renamed.keys() & like.keys()))
-    renamed = {name: tensor for name, tensor in tensors.items() if name in like or not _is_repeated(name, tensors)}
-    for name, tensor in like.items():
-        if name not in renamed:
-            # Hugging Face folders have a tied parameter once, Composer's checkpoints under all of its names.
-            first = next((n for n in renamed if n in like and like[n].equals(tensor)), None)
-            if first is not None:
-                renamed[name] = renamed[first]
+def _renamed(initial: Source, like: Source) -> dict[str, LazyTensor]:
+    """Returns an initial model's tensors under the names that a run's have, of which tied ones may be fewer or more."""
+    with_prefix = {PREFIX + name: tensor for name, tensor in initial.tensors.items()}
+    without_prefix = {name.removeprefix(PREFIX): tensor for name, tensor in initial.tensors.items()}
+    wanted = like.tensors
+    tensors = max(initial.tensors, with_prefix, without_prefix, key=lambda renamed: len(renamed.keys() & wanted.keys()))
+    common = [name for name in tensors if name in wanted]
+    renamed = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in wanted or not _has_ties_once(like) or _tied_name(name, common, tensors) is None
+    }
+    if _has_ties_once(initial):
+        first = {name: _tied_name(name, common, wanted) for name in wanted if name not in tensors}
+        renamed |= {name: tensors[first_name] for name, first_name in first.items() if first_name is not None}
     # In the run's own precision, with which it started.
-    return {name: tensor.to(like[name].dtype) if name in like else tensor for name, tensor in renamed.items()}
+    return {name: tensor.to(wanted[name].dtype) if name in wanted else tensor for name, tensor in renamed.items()}
 
 
-def _is_repeated(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
-    return any(tensor.equals(tensors[name]) for n, tensor in tensors.items() if n != name)
+def _has_ties_once(source: Source) -> bool:
+    """Returns whether its format has a tied parameter under one name, as Hugging Face folders have, or under all."""
+    return isinstance(source.model, Pretrained) or source.path.suffix == '.safetensors'
+
+
+def _tied_name(name: str, others: Iterable[str], tensors: Mapping[str, LazyTensor]) -> Optional[str]:
+    """Returns the first of other names that is the same parameter's, or None.
+
+    That two are one is not written anywhere. Their values tell, unless they are what two layers may well start from, as
+    biases and scales do.
+    """
+    tensor = tensors[name]
+    if len(tensor.shape) < 2 or tensor.is_constant():
+        return None
+    return next((other for other in others if tensors[other].equals(tensor)), None)
 
 
 def _require_same_tensors(source: Source, last: Source) -> None:

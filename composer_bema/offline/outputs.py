@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 import torch
 
@@ -25,6 +25,7 @@ __all__ = ['Format', 'MemoryWriter', 'weights_writer']
 Format = Literal['huggingface', 'composer']
 
 _ADAPTER = 'adapter_model'
+_CONFIG = 'config.json'
 
 
 def weights_writer(
@@ -94,7 +95,7 @@ class _FolderWriter:
     def create(self) -> None:
         if self._like is not None:
             copy_companions(self._like.folder, self._folder)
-            self._say_dtype(self._folder / 'config.json')
+            self._say_dtype(self._like.folder / _CONFIG)
         self._files.create()
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
@@ -106,9 +107,19 @@ class _FolderWriter:
     def close(self) -> None:
         self._files.close()
 
-    def _say_dtype(self, path: Path) -> None:
+    def _say_dtype(self, source: Path) -> None:
         """Corrects the dtype in a configuration, under the name that its version of transformers gave it."""
-        if path.is_file() and self._dtype is not None:
-            config = json.loads(path.read_text(encoding='utf-8'))
+        if source.is_file() and self._dtype is not None:
+            config = _read_config(source)
             key = 'dtype' if 'dtype' in config else 'torch_dtype'
-            write_json(path, {**config, key: str(self._dtype).removeprefix('torch.')})
+            write_json(self._folder / _CONFIG, {**config, key: str(self._dtype).removeprefix('torch.')})
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(config, dict):
+            raise TypeError(f'it holds a {type(config).__name__}')
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}): restore the configuration of the model.") from error
+    return config

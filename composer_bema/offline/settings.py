@@ -20,6 +20,8 @@ __all__ = ['RULES', 'Schedule', 'Setting', 'settings_of']
 # The schedules of alpha and beta: the paper's and TRL's, or those of the reference offline code (averaging/decay.py).
 Schedule = Literal['paper', 'reference']
 _SCHEDULED = (BEMA, DEMA, EMA, OUEMA)
+# The settings of beta as a power, of which some are alpha's, too.
+_OF_POWERS = ('ema_power', 'min_ema_multiplier', 'ema_update_after', 'lag', 'multiplier')
 
 
 def lawa(window: int) -> Window:
@@ -105,6 +107,18 @@ class Setting:
         steps = {'update_freq': self.update_freq, 'update_after': self.update_after or None}
         return {**self.options, **{name: value for name, value in steps.items() if value is not None}}
 
+    @property
+    def effective(self) -> dict[str, Any]:
+        """The settings of its rule that have an effect, with those at their defaults."""
+        values = _values(self.rule, self.options)
+        # What None stands for where it switches nothing off.
+        others = {'period': values.get('horizon'), 'ema_update_after': self.update_after}
+        values |= {name: other for name, other in others.items() if name in values and values[name] is None}
+        idle = {*_idle(self.rule, self.options)}
+        if values.get('schedule') == 'paper':
+            idle.add('ema_update_after')
+        return {name: value for name, value in values.items() if name not in idle}
+
     def __str__(self) -> str:
         return ' '.join([self.rule, *(f'{name}={value}' for name, value in self.given.items())])
 
@@ -116,7 +130,7 @@ class Setting:
 
         Raises:
             TypeError: If a setting is of another type.
-            ValueError: If one is out of its range.
+            ValueError: If one is out of its range, or has no effect beside another.
         """
         factory = RULES[self.rule]
         steps = {'update_after': self.update_after, 'update_freq': update_freq}
@@ -128,10 +142,16 @@ class Setting:
         if schedule not in get_args(Schedule):
             raise ValueError(f'schedule must be one of {", ".join(get_args(Schedule))}, but is {schedule!r}.')
         if schedule == 'reference':
-            return _with_reference_schedule(rule, self.update_after, ema_update_after)
-        if ema_update_after is not None:
+            rule = _with_reference_schedule(rule, self.update_after, ema_update_after)
+        elif ema_update_after is not None:
             raise ValueError("ema_update_after belongs to schedule='reference'.")
+        self._refuse_idle()
         return rule
+
+    def _refuse_idle(self) -> None:
+        for name, other in _idle(self.rule, self.options).items():
+            if name in self.options:
+                raise ValueError(f'{name} has no effect beside {other}={self.options[other]}: leave out one of them.')
 
 
 def settings_of(rule: str) -> dict[str, inspect.Parameter]:
@@ -140,12 +160,33 @@ def settings_of(rule: str) -> dict[str, inspect.Parameter]:
     Raises:
         ValueError: If there is no such rule.
     """
-    if rule not in RULES:
-        raise ValueError(f"There is no rule '{rule}', but {', '.join(RULES)}.")
+    # One that is no text may have no hash to be looked up by.
+    if not isinstance(rule, str) or rule not in RULES:
+        raise ValueError(f'There is no rule {rule!r}, but {", ".join(RULES)}.')
     parameters = {n: p for n, p in inspect.signature(RULES[rule]).parameters.items() if n not in _STEPS}
     if 'ema_power' in parameters:
         parameters |= inspect.signature(_schedule_settings).parameters
     return parameters
+
+
+def _values(rule: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options.get(name, parameter.default) for name, parameter in settings_of(rule).items()}
+
+
+def _idle(rule: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the settings that have no effect, each with the one that has taken it away."""
+    values = _values(rule, options)
+    rate = next((name for name in ('half_life', 'smoothing') if values.get(name) is not None), 'ema_power')
+    # Without schedules there is nothing to take away, and with beta a power all of them serve.
+    if 'ema_power' not in values or (rate == 'ema_power' and values[rate] is not None):
+        return {}
+    idle = [name for name in _OF_POWERS if name != rate]
+    if values.get('bias_power') is not None:
+        # alpha is a power, but OUEMA's and the reference's have no multiplier.
+        idle.remove('lag')
+        if rule == 'bema' and values['schedule'] == 'paper':
+            idle.remove('multiplier')
+    return dict.fromkeys(idle, rate)
 
 
 def _schedule_settings(schedule: Schedule = 'paper', ema_update_after: Optional[int] = None) -> None:

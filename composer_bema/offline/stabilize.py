@@ -142,7 +142,7 @@ def write_averages(
             if is_first_rank():
                 for folder, writer, average in zip(folders.values(), writers, averages.values(), strict=True):
                     writer.finish()
-                    write_manifest(folder, average.setting.title, reading.manifest(average))
+                    write_manifest(folder, average.setting.title, reading.manifest(average, dtype))
     return [Path(out) / name for name in averages]
 
 

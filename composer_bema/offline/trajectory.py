@@ -28,6 +28,8 @@ __all__ = ['Reading', 'Trajectory']
 
 # The rows of coefficients that an average has.
 _KINDS = ('coefficients', 'statistics')
+# What a checkpoint's own are called in manifests.
+_KEYS = {'coefficients': 'coefficient', 'statistics': 'coefficient_of_statistics'}
 
 # BatchNorm's, by the names that torch gives them in every model; what a checkpoint holds does not say what is a buffer.
 _STATISTICS = re.compile(r'(?:.*\.)?running_(?:mean|var)')
@@ -164,23 +166,38 @@ class Reading:
         """Returns the memory that computing takes on each rank, beside that of the sinks."""
         return scratch_bytes(len(self.sources), len(self.averages), threads)
 
-    def manifest(self, average: Average) -> dict[str, Any]:
-        """Returns how an average was made, once it has been."""
-        weights = average.coefficients[self._columns].tolist()
-        checkpoints = [
-            {'step': source.step, 'path': str(source.path), 'bytes': source.size, 'xxh3_64': digest, 'coefficient': c}
-            for source, digest, c in zip(self.sources, self._digests, weights, strict=True)
-            if c != 0 or source.step == average.step
-        ]
+    def manifest(self, average: Average, dtype: Optional[str] = None) -> dict[str, Any]:
+        """Returns how an average was made, once it has been.
+
+        Args:
+            average (Average): The average.
+            dtype (str, optional): The dtype that was chosen for it.
+        """
         return {
             'rule': average.setting.rule,
-            'settings': dict(average.setting.options),
+            'settings': average.setting.effective,
             'update_freq': average.setting.update_freq,
             'update_after': average.setting.update_after,
             'step': average.step,
-            'checkpoints': checkpoints,
+            'dtype': dtype,
+            'checkpoints': self._weighing(average),
             'copied': sorted(self._copied),
         }
+
+    def _weighing(self, average: Average) -> list[dict[str, Any]]:
+        """Returns the checkpoints that an average was made of, and what each has weighed."""
+        rows = {kind: getattr(average, kind)[self._columns].tolist() for kind in _KINDS}
+        has_statistics = any(self._kind(name) == 'statistics' for name in self.sources[-1].tensors)
+        if not has_statistics or rows['statistics'] == rows['coefficients']:
+            del rows['statistics']
+        checkpoints = []
+        for index, (source, digest) in enumerate(zip(self.sources, self._digests, strict=True)):
+            weights = {_KEYS[kind]: row[index] for kind, row in rows.items()}
+            if any(weights.values()) or source.step == average.step:
+                taken = {} if source.weights is None else {'weights': source.weights}
+                described = {'step': source.step, 'path': str(source.path), **taken, 'bytes': source.size}
+                checkpoints.append({**described, 'xxh3_64': digest, **weights})
+        return checkpoints
 
     def _jobs(self) -> list[Job]:
         rows = {kind: np.stack([getattr(a, kind)[self._columns] for a in self.averages]) for kind in _KINDS}

@@ -125,7 +125,7 @@ def read_settings(
         defaults: Values of keys that are missing or empty; interpolations may refer to them.
 
     Raises:
-        ConfigError: The file cannot be read, or holds no ``key: value`` pairs.
+        ConfigError: The file cannot be read or holds no ``key: value`` pairs, or an override is malformed.
     """
     path = Path(path)
     if not path.is_file():
@@ -154,13 +154,19 @@ def _apply_override(config: Any, override: str) -> None:
     key, equals, text = override.partition('=')
     if not equals or not key:
         raise ConfigError(f"Override '{override}' is not of the form key=value.")
-    # from_dotlist parses the value, whose interpolations wait for the whole; update, unlike merge, reaches into lists.
-    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f'value={text}']), resolve=False)
-    assert isinstance(parsed, dict)
-    parent = key.rpartition('.')[0]
-    if parent and not OmegaConf.is_config(OmegaConf.select(config, parent)):
-        OmegaConf.update(config, parent, {})
-    OmegaConf.update(config, key, parsed['value'], merge=False)
+    try:
+        # from_dotlist parses the value, whose interpolations wait for the whole. update, unlike merge, reaches into
+        # lists.
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f'value={text}']), resolve=False)
+        assert isinstance(parsed, dict)
+        parent = key.rpartition('.')[0]
+        if parent and not OmegaConf.is_config(OmegaConf.select(config, parent)):
+            OmegaConf.update(config, parent, {})
+        OmegaConf.update(config, key, parsed['value'], merge=False)
+    except YAMLError as error:
+        raise ConfigError(f"The value of the override '{override}' is not valid YAML: {_one_line(error)}.") from error
+    except (OmegaConfBaseException, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"Override '{override}': {_first_line(error)}.") from error
 
 
 def check_top_level(settings: Mapping[str, Any], record: type[T], path: str = '') -> T:

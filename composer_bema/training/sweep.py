@@ -41,6 +41,8 @@ T = TypeVar('T')
 TABLE_FILE = 'results.csv'
 LINES_FILE = 'results.jsonl'
 
+_LISTS = ('at', 'copy')
+
 
 @dataclasses.dataclass
 class WriteConfig:
@@ -75,7 +77,7 @@ class SweepConfig:
     averages: Any
     """Grids: ``rule`` and its settings, each a value or a list of values; one grid or a list of them."""
     at: list[int] = dataclasses.field(default_factory=list)
-    """The steps at which averages are taken; none: the last update."""
+    """The step or steps at which averages are taken; none: the last update."""
     initial_model: str | None = None
     weights: str = 'training'
     copy: list[str] = dataclasses.field(default_factory=list)
@@ -98,7 +100,7 @@ def run_sweep(checkpoints: str | Path, config_file: str | Path, out: str | Path,
         FileExistsError: ``out`` is there and is not an empty folder.
         ValueError: The checkpoints are damaged, missing, or do not fit together.
     """
-    config = check_top_level(read_settings(config_file, overrides), SweepConfig)
+    config = _read(config_file, overrides)
     settings, options = _checked(config)
     trajectory = Trajectory(checkpoints, initial_model=config.initial_model, weights=config.weights, copy=config.copy)
     averages = [average for setting in settings for average in trajectory.plan(setting, config.at)]
@@ -120,7 +122,20 @@ def check_sweep(config_file: str | Path, overrides: Sequence[str] = ()) -> list[
     Raises:
         ConfigError: A setting is wrong.
     """
-    return _checked(check_top_level(read_settings(config_file, overrides), SweepConfig))[0]
+    return _checked(_read(config_file, overrides))[0]
+
+
+def _read(config_file: str | Path, overrides: Sequence[str]) -> SweepConfig:
+    settings = read_settings(config_file, overrides)
+    for name in _LISTS:
+        value = settings.get(name)
+        # One needs no brackets.
+        values = value if value is None or isinstance(value, list) else [value]
+        # OmegaConf lets these pass for whole numbers and texts.
+        if any(isinstance(each, (list, Mapping)) for each in values or ()):
+            raise ConfigError(f'{name} must be a value or a list of values, not {value!r}.')
+        settings[name] = values
+    return check_top_level(settings, SweepConfig)
 
 
 def _checked(config: SweepConfig) -> tuple[list[Setting], WriteConfig | EvaluateConfig]:
@@ -150,6 +165,8 @@ def _settings(grids: Any) -> list[Setting]:
             settings += expand_grid(grid)
         except (TypeError, ValueError) as error:
             raise ConfigError(f'{path}: {error}') from error
+    if not settings:
+        raise ConfigError('averages is an empty list: give a grid, such as `{rule: bema}`, or several.')
     repeated = next((setting for setting in settings if settings.count(setting) > 1), None)
     if repeated is not None:
         raise ConfigError(f'averages: {repeated} is there twice.')

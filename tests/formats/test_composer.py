@@ -141,7 +141,7 @@ def test_an_average_that_is_in_the_model_alone():
     assert_same(read(checkpoint.weights()), weights['BEMA'])
     with pytest.raises(ValueError, match="'theta_0' weights: of BEMA it holds the average alone, in its model"):
         checkpoint.weights('theta_0')
-    with pytest.raises(ValueError, match='no training weights: its model holds the BEMA weights'):
+    with pytest.raises(ValueError, match='no training weights: its model holds the BEMA average in their place; use a'):
         checkpoint.weights('training')
 
 

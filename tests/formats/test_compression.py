@@ -3,6 +3,7 @@
 
 """Compressed checkpoints are read like others, and what cannot be unpacked is named."""
 
+import gzip
 import shutil
 import subprocess
 import tarfile
@@ -55,3 +56,21 @@ def test_a_program_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(ValueError, match="the program 'zstd' to uncompress it is not installed"):
         open_checkpoint(tmp_path / 'x.pt.zst')
+
+
+@pytest.mark.parametrize('mode', ['gz', 'tar.gz'])
+@pytest.mark.parametrize(
+    ('link', 'target'), [('latest-rank0.pt', 'ep0-ba4-rank0.pt.{}'), ('ep0-ba4-rank0.pt.{}', 'store/3f0c')]
+)
+def test_a_link_has_the_extension_of_what_it_leads_to_if_that_has_one(tmp_path, mode, link, target):
+    """Composer's to the latest checkpoint has none of its own; what a store keeps by its digest has none."""
+    path, weights = saved('two averages')
+    link, target = tmp_path / link.format(mode), tmp_path / target.format(mode)
+    target.parent.mkdir(exist_ok=True)
+    if mode == 'gz':
+        target.write_bytes(gzip.compress(path.read_bytes(), compresslevel=1))
+    else:
+        with tarfile.open(target, 'w:gz', compresslevel=1) as archive:
+            archive.add(path, arcname='composer_states.pt')
+    link.symlink_to(target)
+    assert_holds(link, weights['BEMA'])

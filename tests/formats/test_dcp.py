@@ -3,6 +3,7 @@
 
 """Folders of torch's distributed checkpoints: what torch has written is read back, and contradictions are noticed."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -129,6 +130,36 @@ def test_metadata_that_contradicts_itself(write, how, message):
         read_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ('parts', 'moved'),
+    [
+        ([((0,), (4,)), ((4,), (4,))], {1: (0,)}),
+        ([((0,), (4,)), ((4,), (4,))], {1: (3,)}),
+        ([((0,), (4,)), ((8,), (0,)), ((4,), (4,))], {2: (2,)}),
+        ([((0, 0), (4, 1)), ((0, 1), (4, 1))], {1: (0, 0)}),
+        # A corner of each covers one of another, and one is missing.
+        ([((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (2, 2)), ((2, 2), (2, 2))], {3: (1, 1)}),
+    ],
+)
+def test_parts_that_overlap_do_not_make_up_the_whole(write, parts, moved):
+    """Though their sizes do: values would be read of memory that nothing was written to."""
+    shape = [max(o[axis] + s[axis] for o, s in parts) for axis in range(len(parts[0][0]))]
+    folder = write({'a': cut(torch.arange(float(torch.Size(shape).numel())).view(shape), *parts)})
+    assert read_folder(folder)['a'].read().sum() > 0
+
+    def move(metadata):
+        for index, offsets in moved.items():
+            chunk = metadata.state_dict_metadata['a'].chunks[index]
+            place = next(place for place in metadata.storage_data if place.offset == chunk.offsets)
+            chunk.offsets = torch.Size(offsets)
+            moved_place = dataclasses.replace(place, offset=chunk.offsets)
+            metadata.storage_data[moved_place] = metadata.storage_data.pop(place)
+
+    change(folder, move)
+    with pytest.raises(ValueError, match="^its .metadata has 'a' in parts that do not make up the whole$"):
+        read_folder(folder)
+
+
 def test_metadata_of_another_kind(tmp_path):
     (tmp_path / '.metadata').write_bytes(pickle.dumps({'a': 1}))
     with pytest.raises(ValueError, match='its .metadata is of another kind'):
@@ -181,6 +212,10 @@ def in_many_parts(tmp_path_factory):
         'flat': (InTwo(flat), flat),
         'columns': (cut(tensor, ((0, 0), (11, 1)), ((0, 1), (11, 2))), tensor),
         'boxes': (cut(tensor, ((0, 0), (4, 3)), ((4, 0), (7, 2)), ((4, 2), (7, 1))), tensor),
+        'boxes and nothing': (
+            cut(tensor, ((0, 0), (4, 3)), ((2, 1), (0, 2)), ((4, 0), (7, 2)), ((4, 2), (7, 1))),
+            tensor,
+        ),
         'transposed': (tensor.t(), tensor.t()),
         'rows of transposed': (InTwo(tensor.t()), tensor.t()),
         'conjugate': (torch.randn(7, dtype=torch.cfloat).conj(), None),

@@ -277,6 +277,20 @@ def test_what_fails_leaves_nothing_and_replaces_nothing(tmp_path):
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*')] == ['old', 'old/file']
 
 
+@pytest.mark.parametrize('error', [KeyError, KeyboardInterrupt])
+def test_the_folders_that_were_made_for_it_go_with_it(tmp_path, error):
+    """But for those that were there before, or hold something else by now."""
+    (tmp_path / 'there').mkdir()
+    for busy in (False, True):
+        with pytest.raises(error), new_folder(tmp_path / 'there' / 'a' / 'b' / 'c') as folder:
+            if busy:
+                (tmp_path / 'there' / 'a' / 'x').touch()
+            (folder / 'half').touch()
+            raise error
+        left = {path.name for path in tmp_path.rglob('*')}
+        assert left == ({'there', 'a', 'x'} if busy else {'there'})
+
+
 def test_a_folder_is_replaced_only_if_asked(tmp_path):
     (tmp_path / 'old').mkdir()
     with new_folder(tmp_path / 'old') as folder:

@@ -96,3 +96,13 @@ def test_equality_is_of_shape_dtype_and_values():
     assert lazy.equals(streamed(tensor.clone()))
     for other in (tensor.view(2, 3), tensor.int(), tensor + torch.eye(6)[5]):
         assert not lazy.equals(streamed(other))
+
+
+@pytest.mark.parametrize('shape', [(), (0,), (1,), (2, 3), (3, 70000)])
+def test_values_that_are_all_the_same(shape):
+    """However many pieces they are read in."""
+    tensor = torch.full(shape, 2.0)
+    assert streamed(tensor).is_constant()
+    if tensor.numel() > 1:
+        tensor.view(-1)[-1] = 3
+        assert not streamed(tensor).is_constant()

@@ -59,12 +59,12 @@ def steps_and_names(folder):
 
 
 def assert_refused(checkpoints, message, setting=LAWA, error=ValueError, **kwargs):
-    """It is one sentence or two in one line, and neither the folder to write nor anything beside it is there then."""
+    """It is one sentence or two in one line, and neither the folder to write nor that around it is there then."""
     out = checkpoints.parent / 'results' / 'out'
     with pytest.raises(error, match=message) as info:
         stabilize(checkpoints, out, setting, **kwargs)
     assert '\n' not in str(info.value)
-    assert not out.parent.exists() or not list(out.parent.iterdir())
+    assert not out.parent.exists()
 
 
 # Finding them
@@ -226,6 +226,15 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     assert_refused(tmp_path / 'in', "checkpoint-4' holds no weights: it is neither a Hugging Face folder nor a sharded")
 
 
+@pytest.mark.parametrize('step', [2, 4])
+def test_bare_tensors_have_to_be_some(tmp_path, step):
+    (tmp_path / 'in').mkdir()
+    for each in (2, 4):
+        save_file({} if each == step else tensors(), tmp_path / 'in' / f'model-{each}.safetensors')
+    message = rf"model-{step}\.safetensors' cannot be read as weights: it holds no tensors; use another checkpoint"
+    assert_refused(tmp_path / 'in', message)
+
+
 def test_a_sharded_checkpoint_that_was_not_finished_is_refused(tmp_path):
     for step in (2, 4):
         save_in_parts(tmp_path / 'in' / f'ep0-ba{step}', tensors())
@@ -253,7 +262,7 @@ def test_an_average_is_not_taken_for_a_checkpoint_of_the_run(tmp_path):
     stabilize(tmp_path / 'in', tmp_path / 'out', LAWA)
     assert [path.name for path in (tmp_path / 'out').glob('*.pt')] == ['ep0-ba4-rank0.pt']
     (tmp_path / 'out' / 'ep0-ba4-rank0.pt').rename(tmp_path / 'in' / 'ep0-ba6-rank0.pt')
-    assert_refused(tmp_path / 'in', r"ep0-ba6-rank0\.pt' has no training weights: its model holds the LAWA weights")
+    assert_refused(tmp_path / 'in', r"ep0-ba6-rank0\.pt' has no training weights: its model holds the LAWA average in")
 
 
 @pytest.mark.parametrize(
@@ -267,8 +276,8 @@ def test_an_average_is_not_taken_for_a_checkpoint_of_the_run(tmp_path):
         (
             {'callbacks': {'AveragingCheckpoint': {'model_holds': 'BEMA'}}},
             'training',
-            r"ep0-ba4-rank0\.pt' has no training weights: its model holds the BEMA weights, and was saved with "
-            r'state_in_checkpoint=False\.$',
+            r"ep0-ba4-rank0\.pt' has no training weights: its model holds the BEMA average in their place; use a "
+            r'checkpoint that has them\.$',
         ),
         (
             {'algorithms': [('EMA', {'ema_weights_active': True})]},
@@ -403,8 +412,11 @@ def tied(value, prefix='', twice=True):
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
-@pytest.mark.parametrize('twice', [True, False], ids=['the head is there', 'the head is not'])
-@pytest.mark.parametrize('prefix', ['model.', ''], ids=['composer', 'huggingface'])
+@pytest.mark.parametrize(
+    ('prefix', 'twice'),
+    [('model.', True), ('', True), ('', False)],
+    ids=['composer', 'huggingface with the head', 'huggingface without it'],
+)
 @pytest.mark.parametrize('of_the_run', [('model.', True), ('', True), ('', False)])
 def test_the_initial_model_may_have_other_names(tmp_path, of_the_run, prefix, twice):
     """Composer puts `model.` in front, and has a tied head beside the embedding; Hugging Face has it once."""
@@ -419,6 +431,47 @@ def test_the_initial_model_may_have_other_names(tmp_path, of_the_run, prefix, tw
     assert set(source.tensors) == set(last.tensors)
     for name, tensor in tied(0.0, run_prefix, run_twice).items():
         assert torch.equal(source.tensors[name].read(), tensor)
+
+
+def test_bare_tensors_have_a_tied_one_once_too(tmp_path):
+    save_composer(tmp_path / 'in' / 'ep0-ba2-rank0.pt', tied(2.0, 'model.'))
+    save_file(tied(0.0, twice=False), tmp_path / 'initial.safetensors')
+    [last] = open_sources(find_checkpoints(tmp_path / 'in'))
+    source = open_initial_model(str(tmp_path / 'initial.safetensors'), last)
+    head = source.tensors['model.lm_head.weight'].read()
+    assert torch.equal(head, tied(0.0)['lm_head.weight'])
+
+
+# What two layers have in common without being one: biases, scales, and matrices that were never trained.
+ALIKE = {'zeros': torch.zeros(3), 'vectors': torch.arange(3.0), 'ones': torch.ones(2, 3)}
+
+
+@pytest.mark.parametrize('alike', ALIKE)
+def test_equal_values_are_not_enough_to_be_tied(tmp_path, alike):
+    """Of the run's own, for what the initial model lacks; of the initial model's, for what the run lacks."""
+    weights, name = {**tensors(), 'x': ALIKE[alike]}, 'y'
+    more = {**weights, name: ALIKE[alike].clone()}
+    for run, initial, problem in ((more, weights, 'lacks the'), (weights, more, 'has a')):
+        folder = tmp_path / problem.replace(' ', '-')
+        save_huggingface(folder / 'in' / 'step2', run)
+        save_huggingface(folder / 'initial', initial)
+        message = f"initial' {problem} tensor 'y', which '.*step2' (has|lacks)"
+        assert_refused(folder / 'in', message, setting=EMA, initial_model=str(folder / 'initial'))
+
+
+def test_what_composer_does_not_drop_is_not_made_up(tmp_path):
+    """Its checkpoints have a tied parameter under all of its names, so that one that lacks one is of another model."""
+    save_composer(tmp_path / 'in' / 'ep0-ba2-rank0.pt', tied(2.0, 'model.'))
+    folder = save_composer(tmp_path / 'initial.pt', tied(0.0, 'model.', twice=False))
+    message = r"initial\.pt' lacks the tensor 'model\.lm_head\.weight', which"
+    assert_refused(tmp_path / 'in', message, setting=EMA, initial_model=str(folder))
+
+
+def test_what_composer_does_not_drop_is_no_repetition(tmp_path):
+    save_composer(tmp_path / 'in' / 'ep0-ba2-rank0.pt', tied(2.0, 'model.', twice=False))
+    folder = save_composer(tmp_path / 'initial.pt', tied(0.0, 'model.'))
+    message = r"initial\.pt' has a tensor 'model\.lm_head\.weight', which"
+    assert_refused(tmp_path / 'in', message, setting=EMA, initial_model=str(folder))
 
 
 def test_a_file_can_be_the_initial_model(tmp_path):

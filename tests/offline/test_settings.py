@@ -12,6 +12,7 @@ from composer_bema.averaging.windows import SWAWindow, Window
 from composer_bema.offline.settings import RULES, Setting, settings_of
 
 POWERS = ('ema_power', 'lag', 'multiplier', 'min_ema_multiplier', 'half_life', 'schedule', 'ema_update_after')
+POWERS_OF_BETA = ('ema_power', 'min_ema_multiplier')
 SETTINGS = {
     'bema': {*POWERS, 'bias_power'},
     'ema': {*POWERS, 'smoothing'},
@@ -85,6 +86,7 @@ def test_rules_by_their_settings(rule, options, expected):
     [
         ({'rule': 'swa'}, "There is no rule 'swa', but bema, ema, ouema, dema, lawa, swa_window, decay_merge"),
         ({'rule': 'BEMA'}, "There is no rule 'BEMA'"),
+        ({'rule': {'a': 1}}, r"There is no rule \{'a': 1\}, but bema"),
         ({'rule': 'ema', 'options': {'bias_power': 1}}, "The rule 'ema' has no setting 'bias_power', but ema_power"),
         ({'rule': 'bema', 'options': {'update_freq': 2}}, "The rule 'bema' has no setting 'update_freq'"),
         ({'rule': 'ouema', 'options': {'update_after': 2}}, "The rule 'ouema' has no setting 'update_after'"),
@@ -156,6 +158,101 @@ def test_what_makes_no_rule(rule, options, error, message):
         Setting(rule, options).build(4)
 
 
+CONSTANT_RATES = {'half_life': 5, 'smoothing': 0.5, 'ema_power': None}
+
+
+@pytest.mark.parametrize(
+    ('rule', 'rate', 'idle', 'others'),
+    [
+        *((rule, 'half_life', name, {}) for rule in ('bema', 'ema', 'ouema', 'dema') for name in POWERS_OF_BETA),
+        *((rule, 'smoothing', name, {}) for rule in ('ema', 'dema') for name in POWERS_OF_BETA),
+        *((rule, 'ema_power', 'min_ema_multiplier', {}) for rule in ('bema', 'ema', 'ouema')),
+        # No power is left.
+        *(('ema', rate, name, {}) for rate in CONSTANT_RATES for name in ('lag', 'multiplier')),
+        *(('dema', rate, name, {}) for rate in ('half_life', 'smoothing') for name in ('lag', 'multiplier')),
+        *(
+            (rule, rate, name, {'bias_power': None})
+            for rule in ('bema', 'ouema')
+            for rate in ('half_life', 'ema_power')
+            for name in ('lag', 'multiplier')
+        ),
+        # Only alpha is one, and has no multiplier.
+        ('ouema', 'half_life', 'multiplier', {}),
+        ('ouema', 'ema_power', 'multiplier', {}),
+        ('bema', 'ema_power', 'multiplier', {'schedule': 'reference'}),
+        ('bema', 'ema_power', 'ema_update_after', {'schedule': 'reference'}),
+    ],
+)
+def test_what_has_no_effect(rule, rate, idle, others):
+    """Whatever its value, even the default."""
+    value = CONSTANT_RATES[rate]
+    with pytest.raises(ValueError, match=rf'^{idle} has no effect beside {rate}={value}: leave out one of them\.$'):
+        Setting(rule, {rate: value, idle: 1, **others}).build(4)
+    assert Setting(rule, {rate: value, **others}).build(4)
+
+
+@pytest.mark.parametrize(
+    ('rule', 'options'),
+    [
+        ('bema', {'half_life': 5, 'lag': 1, 'multiplier': 2}),
+        ('bema', {'ema_power': None, 'lag': 1, 'multiplier': 2}),
+        ('bema', {'ema_power': None, 'lag': 1, 'schedule': 'reference'}),
+        ('ouema', {'half_life': 5, 'lag': 1}),
+        ('ema', {'ema_power': None}),
+        ('ema', {'half_life': None, 'smoothing': None, 'ema_power': 0.1, 'lag': 1}),
+    ],
+)
+def test_what_serves_alpha_has_an_effect(rule, options):
+    assert Setting(rule, options).build(4) != Setting(rule).build(4)
+
+
+# What has an effect
+
+
+BOTH = {'lag': 10.0, 'multiplier': 1.0, 'half_life': None, 'schedule': 'paper'}
+CONSTANT = {'smoothing': None, 'schedule': 'paper'}
+
+
+@pytest.mark.parametrize(
+    ('rule', 'options', 'expected'),
+    [
+        ('bema', {'lag': 1}, {**BOTH, 'ema_power': 0.5, 'bias_power': 0.2, 'min_ema_multiplier': 0.0, 'lag': 1}),
+        ('bema', {'half_life': 5}, {**BOTH, 'bias_power': 0.2, 'half_life': 5}),
+        ('bema', {'ema_power': None}, {**BOTH, 'bias_power': 0.2, 'ema_power': None}),
+        ('ema', {'half_life': 5}, {**CONSTANT, 'half_life': 5}),
+        ('dema', {'smoothing': 0.5}, {**CONSTANT, 'smoothing': 0.5, 'half_life': None}),
+        (
+            'ouema',
+            {'ema_power': None, 'schedule': 'reference'},
+            {'ema_power': None, 'bias_power': 0.2, 'half_life': None, 'lag': 10.0, 'schedule': 'reference'},
+        ),
+        (
+            'ema',
+            {'schedule': 'reference'},
+            {
+                'ema_power': 0.5,
+                'lag': 10.0,
+                'multiplier': 1.0,
+                'min_ema_multiplier': 0.0,
+                'half_life': None,
+                'smoothing': None,
+                'schedule': 'reference',
+                'ema_update_after': 3,
+            },
+        ),
+        ('lawa', {'window': 4}, {'window': 4}),
+        ('decay_merge', {'window': 4}, {'window': 4, 'decay': 'linear'}),
+        ('swa_window', {'horizon': 8}, {'horizon': 8, 'period': 8}),
+        ('swa_window', {'horizon': 8, 'period': 4}, {'horizon': 8, 'period': 4}),
+    ],
+)
+def test_the_settings_that_have_an_effect(rule, options, expected):
+    """They make the same average, with what would otherwise be known to this version alone."""
+    setting = Setting(rule, options, update_after=3)
+    assert setting.effective == expected
+    assert Setting(rule, expected, update_after=3).build(4) == setting.build(4)
+
+
 def test_periods_need_even_spacing():
     with pytest.raises(ValueError, match='swa_window needs checkpoints that are evenly spaced: give an update_freq'):
         Setting('swa_window', {'horizon': 8}).build(None)
@@ -205,13 +302,17 @@ def test_the_schedules_of_the_reference_are_the_golden_ones(golden, cls):
         options = {
             'schedule': 'reference',
             'ema_power': kwargs['ema_power'] if kwargs['ema_power'] > 0 else None,
-            'lag': kwargs['scaling_lag'],
-            'multiplier': kwargs['ema_gamma'],
-            'min_ema_multiplier': kwargs['min_ema_multiplier'],
-            'ema_update_after': kwargs['ema_update_after'],
         }
         if cls != 'DEMA':
             options['bias_power'] = kwargs['eta_power'] if kwargs['eta_power'] >= 0 else None
+        if options['ema_power'] is not None:
+            options |= {
+                'multiplier': kwargs['ema_gamma'],
+                'min_ema_multiplier': kwargs['min_ema_multiplier'],
+                'ema_update_after': kwargs['ema_update_after'],
+            }
+        if options['ema_power'] is not None or options.get('bias_power') is not None:
+            options['lag'] = kwargs['scaling_lag']
         rule = Setting(cls.lower(), options, update_after=kwargs['update_after']).build(None)
         updated = np.flatnonzero(arrays['updated'])
         used = [rule.linear_step(int(offline.arrays['steps'][row]), 5.0, 0).coefficients for row in updated]

@@ -236,6 +236,20 @@ def test_what_belongs_to_the_model_travels_along(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / 'out').chat_template == '{{ messages }}'
 
 
+@pytest.mark.parametrize(
+    ('content', 'problem'),
+    [(b'{"a": ', 'Expecting value'), (b'[]', 'it holds a list'), (b'"\xff"', 'codec'), (b'', 'Expecting value')],
+)
+def test_a_configuration_that_is_none_is_named(tmp_path, content, problem):
+    source = run('average')
+    path = as_huggingface(source, tmp_path / 'in') / 'checkpoint-12' / 'config.json'
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^'{path}' is damaged \(.*{problem}.*\): restore the configuration") as info:
+        stabilize(tmp_path / 'in', tmp_path / 'out', BEMA, initial_model=source.initial_model)
+    assert '\n' not in str(info.value)
+    assert [path.name for path in tmp_path.iterdir()] == ['in']
+
+
 def test_some_tensors_are_copied(tmp_path):
     source = run('average')
     copy = ['*.norm.weight', 'model.model.layers.0.*']

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
 from composer_bema.offline.outputs import MemoryWriter
@@ -195,10 +196,11 @@ def test_the_manifest_by_hand(tmp_path):
     digests = [each.pop('xxh3_64') for each in manifests[1]['checkpoints']]
     assert manifests[1] == {
         'rule': 'ema',
-        'settings': {'smoothing': 0.75},
+        'settings': {'smoothing': 0.75, 'half_life': None, 'schedule': 'paper'},
         'update_freq': 2,
         'update_after': 2,
         'step': 6,
+        'dtype': None,
         'checkpoints': [
             {'step': step, 'path': str(tmp_path / f'step{step}'), 'bytes': size, 'coefficient': coefficient}
             for step, coefficient in ((2, 9 / 16), (4, 3 / 16), (6, 1 / 4))
@@ -208,6 +210,60 @@ def test_the_manifest_by_hand(tmp_path):
     assert [each['coefficient'] for each in manifests[0]['checkpoints']] == [3 / 4, 1 / 4]
     assert [each['xxh3_64'] for each in manifests[0]['checkpoints']] == digests[:2]
     assert len(set(digests)) == 3 and all(len(bytes.fromhex(digest)) == 8 for digest in digests)
+
+
+@pytest.mark.parametrize('statistics', [True, False])
+def test_the_manifest_has_the_coefficients_of_statistics_where_they_are_others(tmp_path, statistics):
+    names = ('weight', 'running_var') if statistics else ('weight', 'running_variance')
+    save(tmp_path, **{f'step{n}': dict.fromkeys(names, [4.0 - n]) for n in (0, 2)})
+    trajectory = Trajectory(tmp_path)
+    for setting, differs in ((BEMA, True), (Setting('ema', {'half_life': 2}), False)):
+        _, reading = computed(trajectory, trajectory.plan(setting))
+        checkpoints = reading.manifest(reading.averages[0])['checkpoints']
+        found = [each.get('coefficient_of_statistics') for each in checkpoints]
+        assert found == ([0.5, 0.5] if statistics and differs else [None, None])
+
+
+def test_the_coefficients_of_statistics_by_hand(tmp_path):
+    """Without an EMA of the parameters, BEMA's are 2 theta_t - theta_0, and the statistics those of the last step."""
+    save(tmp_path, **{f'step{n}': {'weight': [1.0], 'running_var': [1.0]} for n in (0, 2)})
+    trajectory = Trajectory(tmp_path)
+    _, reading = computed(trajectory, trajectory.plan(Setting('bema', {'ema_power': None, 'bias_power': 0})))
+    checkpoints = reading.manifest(reading.averages[0])['checkpoints']
+    assert [(c['coefficient'], c['coefficient_of_statistics']) for c in checkpoints] == [(-1, 0), (2, 1)]
+
+
+def test_the_manifest_says_which_weights_were_taken(tmp_path):
+    """Of Composer's checkpoints, which may have several; of an initial model it is what its model holds."""
+    save(tmp_path, base={'a': [1.0]})
+    for step in (2, 4):
+        state = {'state': {'model': {'a': torch.tensor([float(step)])}, 'timestamp': {}}}
+        (tmp_path / 'in').mkdir(exist_ok=True)
+        torch.save(state, tmp_path / 'in' / f'ep0-ba{step}-rank0.pt')
+    torch.save(state, tmp_path / 'base.pt')
+    setting = Setting('ema', {'smoothing': 0.5})
+    for base, taken in (('base', None), ('base.pt', 'model')):
+        for weights in ('training', 'model'):
+            trajectory = Trajectory(tmp_path / 'in', initial_model=str(tmp_path / base), weights=weights)
+            _, reading = computed(trajectory, trajectory.plan(setting))
+            checkpoints = reading.manifest(reading.averages[0])['checkpoints']
+            assert [each.get('weights') for each in checkpoints] == [taken, weights, weights]
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_the_manifest_has_the_dtype_that_was_chosen(tmp_path, dtype):
+    save(tmp_path / 'in', step2={'a': [2.0]}, step4={'a': [4.0]})
+    stabilize(tmp_path / 'in', tmp_path / 'out', LAWA, dtype=dtype)
+    assert json.loads((tmp_path / 'out' / 'averaging.json').read_text())['dtype'] == dtype
+
+
+def test_a_digest_by_hand(tmp_path):
+    """As documented: XXH3-64 of the bytes of each tensor, and of the lines of these by name."""
+    weights = {'b': torch.arange(3.0).bfloat16(), 'a': torch.tensor([[1, 2], [3, 4]])}
+    save(tmp_path, step2=weights, step4=weights)
+    a = xxhash.xxh3_64_hexdigest(b''.join(n.to_bytes(8, 'little') for n in (1, 2, 3, 4)))
+    b = xxhash.xxh3_64_hexdigest(bytes.fromhex('0000803f0040'))
+    assert digests_of(tmp_path) == [xxhash.xxh3_64_hexdigest(f'a {a}\nb {b}')] * 2
 
 
 def digests_of(folder):

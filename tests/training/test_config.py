@@ -49,7 +49,11 @@ def test_an_override_takes_values_with_equals_signs(tmp_path):
         (['run_name=${nowhere}'], "key 'run_name': Interpolation key 'nowhere' not found"),
         (['run_name=${eval:1}'], "key 'run_name': Unsupported interpolation type eval"),
         (['seed=???'], "key 'seed': Missing mandatory value"),
-        (['run_name={'], 'is not valid YAML'),
+        (['run_name={'], "^The value of the override 'run_name={' is not valid YAML: "),
+        (['run_name=*x'], r"^The value of the override 'run_name=\*x' is not valid YAML: "),
+        (['run_name=${x'], r"^Override 'run_name=\${x': "),
+        (['eval_loader.7.label=x'], r"^Override 'eval_loader\.7\.label=x': list index out of range"),
+        (['eval_loader.first=x'], r"^Override 'eval_loader\.first=x': "),
     ],
 )
 def test_wrong_settings(tmp_path, overrides, message):

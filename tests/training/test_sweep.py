@@ -93,6 +93,13 @@ def test_averages_are_written(tmp_path):
     assert (manifest['rule'], manifest['settings'], manifest['step']) == ('lawa', {'window': 4}, 8)
 
 
+def test_one_step_and_one_pattern_need_no_list(tmp_path):
+    settings = settings_of(averages={'rule': 'lawa', 'window': 2}, at=8, copy='*.norm.weight', write={})
+    run_sweep(run('average').checkpoints, write_yaml(tmp_path, settings), tmp_path / 'out')
+    manifest = json.loads((tmp_path / 'out' / 'lawa,window=2' / 'step8' / 'averaging.json').read_text())
+    assert (manifest['step'], manifest['copied']) == (8, ['model.model.norm.weight'])
+
+
 @pytest.mark.parametrize('as_folders', [False, True])
 def test_averages_are_evaluated(tmp_path, text, as_folders):
     source = run('average')
@@ -145,6 +152,10 @@ def test_the_best_are_named_with_their_horizon(tmp_path, text):
     [
         (['evaluat=1'], "^evaluat is not a setting; the nearest one is 'evaluate'"),
         (['averages=null'], '^averages is missing from the settings'),
+        (['averages=[]'], r'^averages is an empty list: give a grid, such as `\{rule: bema\}`, or several\.$'),
+        (['averages={rule: {a: 1}}'], r"^averages: There is no rule \{'a': 1\}, but bema, ema"),
+        (['averages={rule: [[bema]]}'], r"^averages: There is no rule \['bema'\], but bema, ema"),
+        (['averages={rule: []}'], "^averages: The list of values of 'rule' is empty"),
         (['averages=3'], '^averages must hold `key: value` pairs, not 3'),
         (['averages=[bema]'], r"^averages\.0 must hold `key: value` pairs, not 'bema'"),
         (['averages={rule: lawa, windw: 2}'], "^averages: The rule 'lawa' has no setting 'windw', but window"),
@@ -153,6 +164,12 @@ def test_the_best_are_named_with_their_horizon(tmp_path, text):
         (['averages={rule: lawa, window: 0}'], 'window'),
         (['averages={rule: lawa, window: two}'], 'window'),
         (['averages={rule: ema, ema_power: high}'], 'ema_power'),
+        (['at=late'], "^at: Value 'late' of type 'str' could not be converted to Integer"),
+        (['at={step: 8}'], r"^at must be a value or a list of values, not \{'step': 8\}"),
+        (['at=[[8]]'], r'^at must be a value or a list of values, not \[\[8\]\]'),
+        (['copy=[{a: b}]'], '^copy must be a value or a list of values, not'),
+        (['copy=bias'], "^The pattern 'bias' of what is to be copied fits no tensor"),
+        (['evaluate=*x'], r"^The value of the override 'evaluate=\*x' is not valid YAML"),
         (['at=[7]'], 'has no update at step 7, but at 2, 4, 6, 8, 10, 12'),
         (['write={}'], 'needs one of two sections'),
         (['evaluate=null'], 'needs one of two sections'),
