@@ -57,7 +57,11 @@ class ComposerWriter:
             state['timestamp'] = self._like.timestamp
         if self._like.huggingface is not None:
             state['integrations'] = {'huggingface': self._like.huggingface}
-        torch.save({'state': state}, self._path)
+        try:
+            torch.save({'state': state}, self._path)
+        except RuntimeError as error:
+            # What torch makes of a full disk: it speaks of positions in its archive.
+            raise OSError(f"'{self._path}' cannot be written, which may be for want of room: {error}") from error
         self._scratch.unlink()
 
     def close(self) -> None:

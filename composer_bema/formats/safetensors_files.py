@@ -9,10 +9,11 @@ where each tensor lies, and then their bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -96,7 +97,7 @@ class SafetensorsFiles:
         """Makes the files, with headers and zeros, and their index if there are several."""
         for file, header in self._headers.items():
             names = self._split.filename_to_tensors[file]
-            with (self._folder / file).open('wb') as opened:
+            with _named(self._folder / file), (self._folder / file).open('wb') as opened:
                 opened.write(header)
                 opened.truncate(len(header) + sum(self._specs[name].nbytes for name in names))
         if self._split.is_sharded:
@@ -107,6 +108,7 @@ class SafetensorsFiles:
         """Writes values into a tensor from the element ``start`` on; threads may do so at the same time.
 
         Raises:
+            OSError: If the file cannot be written, such as on a full disk; it is named.
             ValueError: If a number is too large for the tensor's dtype.
         """
         place, spec = self._places[name], self._specs[name]
@@ -117,9 +119,10 @@ class SafetensorsFiles:
             )
         content = bytes_of(rounded)
         offset = place.offset + start * spec.dtype.itemsize
-        while content:
-            written = os.pwrite(self._descriptor(place.file), content, offset)
-            content, offset = content[written:], offset + written
+        with _named(self._folder / place.file):
+            while content:
+                written = os.pwrite(self._descriptor(place.file), content, offset)
+                content, offset = content[written:], offset + written
 
     def close(self) -> None:
         """Closes the files."""
@@ -153,11 +156,12 @@ def _is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
 def _split(specs: Mapping[str, TensorSpec], stem: str, max_shard_size: Union[int, str]) -> StateDictSplit:
     """Returns which tensor goes into which file."""
     sizes = {name: torch.empty(spec.shape, dtype=spec.dtype, device='meta') for name, spec in specs.items()}
+    size = int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size
     try:
+        if isinstance(size, int) and size < 1:
+            raise ValueError('no bytes')
         return split_torch_state_dict_into_shards(
-            sizes,
-            filename_pattern=f'{stem}{{suffix}}.safetensors',
-            max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
+            sizes, filename_pattern=f'{stem}{{suffix}}.safetensors', max_shard_size=size
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -169,7 +173,17 @@ def _overflows(values: torch.Tensor, rounded: torch.Tensor) -> bool:
     # A sum is finite unless a value is not.
     if rounded.sum(dtype=torch.float32).isfinite():
         return False
-    return bool((values.isfinite() & ~rounded.isfinite()).any())
+    # Not all dtypes of eight bits can be asked.
+    return bool((values.isfinite() & ~rounded.float().isfinite()).any())
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the file in errors of writing to it, which that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def bytes_of(values: torch.Tensor) -> memoryview:

@@ -3,9 +3,11 @@
 
 """Files of safetensors, filled piece by piece: the library and transformers read what was written, by whomever."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -140,6 +142,38 @@ def test_no_narrowing_makes_an_infinity(tmp_path, source, target, number):
     assert load_file(tmp_path / 'model.safetensors')['a'].tolist() == [1]
 
 
+def test_what_is_too_large_for_eight_bits_is_refused(tmp_path):
+    """Of which torch cannot say whether they are finite."""
+    files = SafetensorsFiles(tmp_path, {'a': TensorSpec(torch.Size([1]), torch.float8_e4m3fn)})
+    files.create()
+    with pytest.raises(ValueError, match=r"tensor 'a' are too large for torch\.float8_e4m3fn"):
+        files.write('a', 0, torch.tensor([1e6]))
+    files.write('a', 0, torch.tensor([2.0]))
+    files.close()
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Writing larger files fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_errors_of_writing_name_the_file(tmp_path):
+    files = SafetensorsFiles(tmp_path, {'a': TensorSpec(torch.Size([1000]), torch.float32)})
+    message = r"^\[Errno 27\] File too large: '.*model\.safetensors'$"
+    with largest_file(1000), pytest.raises(OSError, match=message):
+        files.create()
+    files.create()
+    with largest_file(1000), pytest.raises(OSError, match=message):
+        files.write('a', 0, torch.ones(1000))
+    files.close()
+
+
 def test_what_is_not_written_is_zero(tmp_path):
     files = SafetensorsFiles(tmp_path, {'a': TensorSpec(torch.Size([3]), torch.float32)})
     files.create()
@@ -184,7 +218,7 @@ def test_a_size_in_digits_counts_bytes(tmp_path):
     assert len(list(tmp_path.glob('*.safetensors'))) == 2
 
 
-@pytest.mark.parametrize('size', ['5XB', 'large', '', '-5'])
+@pytest.mark.parametrize('size', ['5XB', 'large', '', '-5', 0, -1, '0'])
 def test_a_size_that_is_none_is_refused(tmp_path, size):
     with pytest.raises(ValueError, match=f"^max_shard_size must be a number of bytes or .*'5GB', but is {size!r}"):
         SafetensorsFiles(tmp_path, specs_of({'a': torch.ones(2)}), max_shard_size=size)
