@@ -213,7 +213,7 @@ def in_many_parts(tmp_path_factory):
         'columns': (cut(tensor, ((0, 0), (11, 1)), ((0, 1), (11, 2))), tensor),
         'boxes': (cut(tensor, ((0, 0), (4, 3)), ((4, 0), (7, 2)), ((4, 2), (7, 1))), tensor),
         'boxes and nothing': (
-            cut(tensor, ((0, 0), (4, 3)), ((2, 1), (0, 2)), ((4, 0), (7, 2)), ((4, 2), (7, 1))),
+            cut(tensor, ((0, 0), (4, 3)), ((11, 1), (0, 2)), ((4, 0), (7, 2)), ((4, 2), (7, 1))),
             tensor,
         ),
         'transposed': (tensor.t(), tensor.t()),
