@@ -312,8 +312,10 @@ def _step_weights(coefficients: np.ndarray) -> list[list[float]]:
 
 
 def _is_finite(values: torch.Tensor) -> bool:
+    # The dtypes of eight bits have no arithmetic of their own.
+    values = values.float() if values.dtype.itemsize == 1 else values
     # A sum is finite unless a value is not, or it overflows.
-    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
+    return bool(values.sum().isfinite() or values.isfinite().all())
 
 
 def _rows(num_checkpoints: int, num_averages: int) -> int:

@@ -254,6 +254,26 @@ def test_an_average_of_one_checkpoint_may_not_hold_them_either(strategy, bad):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize('dtype', [*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize('row', [[0, 1], [0.5, 0.5]])
+def test_tensors_of_all_dtypes_are_checked(strategy, dtype, row):
+    """Also of those that torch can neither add up nor ask whether they are finite."""
+    tensors = [torch.ones(42).to(dtype) for _ in range(2)]
+    with pieces_of(8, STRATEGIES[strategy]):
+        [found] = averages_of(tensors, [row])
+        assert (found == 1).all()
+        tensors[1][41] = float('nan')
+        with pytest.raises(ValueError, match=r"^The tensor 'x' in 'step1' holds a NaN or an infinity"):
+            averages_of(tensors, [row])
+
+
+def test_large_numbers_that_are_an_average_are_finite():
+    """Though their sum is not."""
+    [found] = averages_of([torch.full((40,), 6e4).half()], [[1]])
+    assert (found == 6e4).all()
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
 def test_an_infinity_that_is_copied_is_none_of_our_business(strategy):
     tensors = [torch.full((9,), -float('inf')), torch.full((9,), float('nan'))]
     with pieces_of(4, STRATEGIES[strategy]):
