@@ -40,6 +40,8 @@ _RECORDS = {
 }
 # Where the checkpoint was written to.
 _PATHS = ('PosixPath', 'WindowsPath', 'PurePosixPath', 'PureWindowsPath')
+# A checkpoint of Composer has the time that its run has taken.
+_SAFE: list[Any] = [datetime.timedelta]
 _CHUNK = 1 << 20
 
 
@@ -120,7 +122,9 @@ def load_archive(source: Union[Path, bytes]) -> Any:
         try:
             return _load_weights_only(source)
         except pickle.UnpicklingError:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(_file(source))
+            with torch.serialization.safe_globals(_SAFE):
+                # Of two classes for one name torch would take either.
+                unknown = torch.serialization.get_unsafe_globals_in_checkpoint(_file(source))
             with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
                 return _load_weights_only(source)
     except OSError:
@@ -167,8 +171,7 @@ class _MetadataUnpickler(pickle._Unpickler):
 
 
 def _load_weights_only(source: Union[Path, bytes]) -> Any:
-    # A checkpoint of Composer has the time that its run has taken.
-    with torch.serialization.safe_globals([datetime.timedelta]):
+    with torch.serialization.safe_globals(_SAFE):
         return torch.load(_file(source), map_location='cpu', weights_only=True, mmap=isinstance(source, Path))
 
 
