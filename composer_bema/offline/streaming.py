@@ -5,9 +5,10 @@ r"""Averages of checkpoints, computed tensor by tensor and piece by piece: every
 
 An average is a row of coefficients that sum to 1. A few are built up from the newest checkpoint to the oldest by steps
 :math:`a \leftarrow a + w_i (\theta_i - a)`, where :math:`w_i` is the part that a coefficient has in the sum of those so
-far. Many are a checkpoint b of their own plus a product of matrices, :math:`\theta_b + \sum_i s_i (\theta_i -
-\theta_{i+1})`, where :math:`s_i` is the sum of the coefficients up to :math:`c_i`, less 1 from b on. Either way what
-training left alone comes out as it went in, and an average is as exact as the checkpoints up to its own allow.
+far. Many are a checkpoint plus a product of matrices, :math:`\theta_b + \sum_i s_i (\theta_i - \theta_{i+1})`, over the
+checkpoints that weigh in it; :math:`s_i` is the sum of their coefficients up to the i-th, less 1 from the base b on.
+Either way what training left alone comes out as it went in, and what weighs nothing in an average does not round it,
+however large it is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -142,8 +143,8 @@ class _Shared:
 
     def _average(self, job: Job, memory: torch.Tensor) -> None:
         hashes = [xxhash.xxh3_64() for _ in job.tensors]
-        size = self.size
-        combination = (_Interpolations if len(self.sinks) <= _FEW else _Product)(job, size)
+        combination = (_Interpolations if len(self.sinks) <= _FEW else _Product)(job, self.size)
+        size = combination.size
         streams = [tensor.pieces(size, memory) for tensor in job.tensors]
         numel = job.tensors[0].shape.numel()
         for start in range(0, numel, size):
@@ -169,6 +170,7 @@ class _Combination(ABC):
     """Combines pieces of one tensor, given from the newest checkpoint on; in fp32, or in fp64 if one of them has it."""
 
     def __init__(self, job: Job, size: int) -> None:
+        self.size = size
         self._job = job
         self._checkpoints = range(job.coefficients.shape[1])
         copied = (job.coefficients != 0).sum(axis=1) == 1
@@ -176,8 +178,8 @@ class _Combination(ABC):
         self._combined = np.flatnonzero(~copied).tolist()
         wide = any(tensor.dtype == torch.float64 for tensor in job.tensors)
         self._dtype = torch.float64 if wide else torch.float32
-        self._length = min(size, job.tensors[0].shape.numel())
-        self._prepare(job.coefficients[self._combined])
+        if self._combined:
+            self._prepare(job.coefficients[self._combined])
 
     def add(self, column: int, piece: torch.Tensor) -> list[int]:
         """Takes a checkpoint's piece, and returns the averages that it is already.
@@ -188,7 +190,7 @@ class _Combination(ABC):
         if self._combined:
             self._take(column, piece)
         if self._copies[column] and not self._job.copied and not _is_finite(piece):
-            self._refuse()
+            self._refuse(column)
         return self._copies[column]
 
     def results(self, length: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -201,8 +203,11 @@ class _Combination(ABC):
             return
         results = self._finish(length)
         if not _is_finite(results):
-            self._refuse()
+            self._refuse_any()
         yield from zip(self._combined, results, strict=True)
+
+    def _memory(self, rows: int) -> torch.Tensor:
+        return torch.empty(rows * min(self.size, self._job.tensors[0].shape.numel()), dtype=self._dtype)
 
     @abstractmethod
     def _prepare(self, coefficients: np.ndarray) -> None:
@@ -216,14 +221,18 @@ class _Combination(ABC):
     def _finish(self, length: int) -> torch.Tensor:
         """Returns the averages of the pieces, of the shape (averages, length)."""
 
-    def _refuse(self) -> NoReturn:
-        for tensor, path in zip(self._job.tensors, self._job.paths, strict=True):
-            if not all(map(_is_finite, tensor.pieces(_LARGEST_PIECE))):
-                raise ValueError(
-                    f"The tensor '{self._job.name}' in '{path}' holds a NaN or an infinity: leave that checkpoint out, "
-                    f"or take such tensors as they are (--copy '{self._job.name}')."
-                )
+    def _refuse_any(self) -> NoReturn:
+        for column, tensor in enumerate(self._job.tensors):
+            weighs = self._job.coefficients[self._combined, column].any()
+            if weighs and not all(map(_is_finite, tensor.pieces(_LARGEST_PIECE))):
+                self._refuse(column)
         raise ValueError(f"The average of the tensor '{self._job.name}' overflows.")
+
+    def _refuse(self, column: int) -> NoReturn:
+        raise ValueError(
+            f"The tensor '{self._job.name}' in '{self._job.paths[column]}' holds a NaN or an infinity: leave that "
+            f"checkpoint out, or take such tensors as they are (--copy '{self._job.name}')."
+        )
 
 
 class _Interpolations(_Combination):
@@ -231,8 +240,8 @@ class _Interpolations(_Combination):
 
     def _prepare(self, coefficients: np.ndarray) -> None:
         self._weights = _step_weights(coefficients)
-        self._results = torch.empty(len(coefficients), self._length, dtype=self._dtype)
-        self._converted = torch.empty(self._length, dtype=self._dtype)
+        self._results = self._memory(len(coefficients)).view(len(coefficients), -1)
+        self._converted = self._memory(1)
 
     def _take(self, column: int, piece: torch.Tensor) -> None:
         if piece.dtype != self._dtype:
@@ -250,57 +259,70 @@ class _Interpolations(_Combination):
 
 
 class _Product(_Combination):
-    """Multiplies the differences from checkpoint to checkpoint by a matrix: the faster way to many averages."""
+    """Multiplies differences between checkpoints by the matrix of what these weigh: the faster way to many."""
 
     def _prepare(self, coefficients: np.ndarray) -> None:
-        self._bases, weights = _telescoped(coefficients)
-        self._weights = torch.from_numpy(weights).to(self._dtype)
-        self._operands = torch.empty(len(self._checkpoints) * self._length, dtype=self._dtype)
-        self._results = torch.empty(len(coefficients) * self._length, dtype=self._dtype)
+        telescopes = [_telescope(row) for row in coefficients]
+        places = _places(pair for _, weights in telescopes for pair in weights)
+        matrix = [[weights.get(pair, 0) for pair in places] for _, weights in telescopes]
+        self._weights = torch.tensor(matrix, dtype=torch.float64).to(self._dtype)
+        self._bases: list[list[int]] = [[] for _ in self._checkpoints]
+        for index, (base, _) in enumerate(telescopes):
+            self._bases[base].append(index)
+        # The values of a checkpoint are where the first of its differences goes, which is the last to be taken.
+        own = {newer: place for (_, newer), place in reversed(places.items())}
+        self._own = [own.get(column, 0) for column in self._checkpoints]
+        self._differences: list[list[tuple[int, int]]] = [[] for _ in self._checkpoints]
+        for (older, newer), place in places.items():
+            self._differences[older].append((own[newer], place))
+        self._shrink(1 + len(places) - len(self._checkpoints))
+        self._operands, self._results = self._memory(1 + len(places)), self._memory(len(coefficients))
+
+    def _shrink(self, more: int) -> None:
+        """Makes the pieces smaller where averages of different checkpoints need more of them."""
+        rows = _rows(len(self._checkpoints), len(self._job.coefficients))
+        self.size = max(self.size * rows // (rows + max(more, 0)), 1)
 
     def _take(self, column: int, piece: torch.Tensor) -> None:
         operands, results = self._matrices(piece.numel())
-        # The last row is the checkpoint that came before this one, the next newer.
-        newer = operands[-1]
-        if column < len(operands) - 1:
-            if piece.dtype == self._dtype:
-                torch.sub(piece, newer, out=operands[column])
-            else:
-                operands[column].copy_(piece).sub_(newer)
-        newer.copy_(piece)
+        values = operands[self._own[column]].copy_(piece)
+        for newer, difference in self._differences[column]:
+            torch.sub(values, operands[newer], out=operands[difference])
         for index in self._bases[column]:
-            results[index].copy_(piece)
+            results[index].copy_(values)
 
     def _finish(self, length: int) -> torch.Tensor:
         operands, results = self._matrices(length)
-        return results.addmm_(self._weights, operands[:-1])
+        return results.addmm_(self._weights, operands[1:])
 
     def _matrices(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the memory as matrices without gaps, of which products are fast."""
-        counts = len(self._checkpoints), len(self._weights)
-        operands, results = (
-            memory[: count * length].view(count, length)
-            for count, memory in zip(counts, (self._operands, self._results), strict=True)
-        )
-        return operands, results
+        averages, differences = self._weights.shape
+        operands = self._operands[: (1 + differences) * length].view(-1, length)
+        return operands, self._results[: averages * length].view(-1, length)
 
 
-def _telescoped(coefficients: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
-    """Returns the averages that have a checkpoint for their base, by checkpoint, and what differences weigh in each.
+def _telescope(row: np.ndarray) -> tuple[int, dict[tuple[int, int], float]]:
+    r"""Returns a base b and weights s of pairs: an average is :math:`\theta_b + \sum s_{ij} (\theta_i - \theta_j)`.
 
-    The base is in the middle of an average's coefficients. Were it at the end, where weights that grow are largest, the
-    rounding of the differences from there would be large beside the average.
+    The pairs are of checkpoints that follow each other among those that weigh. The base is in the middle of the
+    coefficients: the newest may weigh little and yet be larger than the average, if the weights grow, by any factor.
     """
-    sums = np.cumsum(coefficients, axis=1)
-    # Coefficients may be negative: the last that is below a half.
-    is_below = sums < 0.5
-    bases = [int(np.max(np.flatnonzero(row), initial=-1)) + 1 for row in is_below]
-    columns = np.arange(coefficients.shape[1])
-    weights = sums - (columns >= np.array(bases)[:, None])
-    # Beyond the newest that weighs nothing is left but the rounding of the sum.
-    newest = np.array([np.flatnonzero(row)[-1] for row in coefficients])
-    weights[columns >= newest[:, None]] = 0
-    return [[index for index, base in enumerate(bases) if base == c] for c in columns], weights[:, :-1]
+    columns, sums = np.flatnonzero(row), np.cumsum(row[row != 0])
+    base = int(np.max(np.flatnonzero(sums < 0.5), initial=-1)) + 1
+    weights = sums[:-1] - (np.arange(len(columns) - 1) >= base)
+    pairs = zip(columns[:-1].tolist(), columns[1:].tolist(), strict=True)
+    return int(columns[base]), dict(zip(pairs, weights.tolist(), strict=True))
+
+
+def _places(pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """Returns where the differences of pairs (older, newer) go.
+
+    Each newer one's last difference, that from the oldest, takes the place of its values, and comes before its others.
+    The place 0 is for the values of checkpoints that are subtracted from none.
+    """
+    ordered = sorted(set(pairs))
+    last = {newer: (older, newer) for older, newer in reversed(ordered)}
+    return {pair: 1 + index for index, pair in enumerate(dict.fromkeys([*last.values(), *ordered]))}
 
 
 def _step_weights(coefficients: np.ndarray) -> list[list[float]]:

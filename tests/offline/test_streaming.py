@@ -154,6 +154,27 @@ def test_an_average_does_not_depend_on_those_that_are_asked_for_with_it(rule):
         torch.testing.assert_close(together[index], alone, rtol=0, atol=1e-6 * alone.abs().max().item())
 
 
+@given(rows=coefficient_rows(5, 4), powers=st.lists(st.integers(-30, 30), min_size=5, max_size=5))
+def test_others_do_not_round_an_average_however_large_their_checkpoints_are(rows, powers):
+    """Before, between and after its own."""
+    tensors = [10.0**power * torch.randn(20, generator=torch.Generator().manual_seed(3)) for power in powers]
+    with pieces_of(8, few=0):
+        together = averages_of(tensors, rows)
+        for row, found in zip(rows, together, strict=True):
+            own = [tensors[index] for index in np.flatnonzero(row)]
+            [alone] = averages_of(own, [row[row != 0]])
+            largest = max(tensor.abs().max().item() for tensor in own)
+            torch.testing.assert_close(found, alone, rtol=0, atol=1e-6 * largest)
+
+
+def test_what_weighs_nothing_in_an_average_does_not_round_it():
+    """By hand: of 1 and 3, while a checkpoint between them and one after them are beyond all bounds."""
+    tensors = [torch.full((20,), value) for value in (1.0, 1e30, 3.0, 1e35)]
+    rows = [[0.5, 0, 0.5, 0], [0.25, 0, 0.75, 0], [0.25, 0.25, 0.5, 0], [0, 0, 0.5, 0.5]]
+    found = [values.unique().item() for values in averages_of(tensors, rows)]
+    assert found[:2] == [2, 2.5] and found[2:] == pytest.approx([2.5e29, 5e34], rel=1e-6)
+
+
 @pytest.mark.parametrize('strategy', STRATEGIES)
 @pytest.mark.parametrize('dtype', FLOATS)
 def test_what_training_left_alone_comes_out_as_it_went_in(strategy, dtype):
@@ -271,6 +292,16 @@ def test_large_numbers_that_are_an_average_are_finite():
     """Though their sum is not."""
     [found] = averages_of([torch.full((40,), 6e4).half()], [[1]])
     assert (found == 6e4).all()
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize('place', range(4))
+def test_a_checkpoint_that_weighs_in_no_average_may_hold_anything(strategy, place):
+    tensors = [torch.ones(20) for _ in range(4)]
+    tensors[place] = torch.full((20,), float('nan'))
+    rows = np.insert([[0.5, 0.5, 0], [0.25, 0.25, 0.5], [0, 0, 1]], place, 0, axis=1)
+    with pieces_of(8, STRATEGIES[strategy]):
+        assert all((values == 1).all() for values in averages_of(tensors, rows))
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
@@ -456,3 +487,20 @@ def test_the_memory_is_known_beforehand(checkpoints, averages, expected):
     """Whatever the size of the model; each thread has its own."""
     assert scratch_bytes(checkpoints, averages, 1) == expected
     assert scratch_bytes(checkpoints, averages, 8) == 8 * expected
+
+
+@given(rows=st.integers(1, 9).flatmap(lambda checkpoints: coefficient_rows(checkpoints, 4)), wide=st.booleans())
+def test_no_more_memory_is_taken_than_is_known(rows, wide):
+    """The more differences of checkpoints averages have, the smaller are the pieces."""
+    tensors = [torch.ones(5000, dtype=torch.float64 if wide else torch.float32) for _ in rows[0]]
+    taken, empty = [], torch.empty
+
+    def watched(*args, **kwargs):
+        taken.append(empty(*args, **kwargs))
+        return taken[-1]
+
+    job = job_of('x', tensors, rows)
+    with pieces_of(512), mock.patch.object(torch, 'empty', watched):
+        known = scratch_bytes(len(tensors), len(rows), 1)
+        stream_averages([job], [Discard() for _ in rows], 1)
+    assert sum(memory.nbytes for memory in taken) <= known * (1 + wide)
