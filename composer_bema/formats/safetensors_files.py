@@ -12,19 +12,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
 import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from composer_bema.formats.tensors import TensorSpec
 
 __all__ = ['DTYPES', 'MAX_SHARD_SIZE', 'SafetensorsFiles', 'bytes_of', 'write_json']
 
 MAX_SHARD_SIZE = '5GB'
+_SIZE = re.compile(r'([0-9]+(?:\.[0-9]+)?) *([KMGT]?B)?', re.IGNORECASE)
+_UNITS = {'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'TB': 10**12}
 
 # Dtypes by what the format calls them, https://github.com/huggingface/safetensors#format.
 DTYPES = {
@@ -64,7 +67,8 @@ class SafetensorsFiles:
         folder (Path): Where they are.
         specs (Mapping[str, TensorSpec]): The tensors by name.
         stem (str): The name of the file without its extension. Default: ``'model'``.
-        max_shard_size (int | str, optional): The size at which another file begins, such as ``'5GB'``; None writes one.
+        max_shard_size (int | str, optional): The bytes at which another file begins, or a text such as ``'5GB'``; None
+            writes one.
 
     Raises:
         ValueError: If a dtype is none that the format has, or the size cannot be read.
@@ -84,7 +88,11 @@ class SafetensorsFiles:
         self._specs = specs
         self._stem = stem
         whole = sum(spec.nbytes for spec in specs.values())
-        self._split = _split(specs, stem, whole if max_shard_size is None else max_shard_size)
+        self._split = split_torch_state_dict_into_shards(
+            {name: torch.empty(spec.shape, dtype=spec.dtype, device='meta') for name, spec in specs.items()},
+            filename_pattern=f'{stem}{{suffix}}.safetensors',
+            max_shard_size=whole if max_shard_size is None else _size_in_bytes(max_shard_size),
+        )
         self._headers: dict[str, bytes] = {}
         self._places: dict[str, _Place] = {}
         for file, names in self._split.filename_to_tensors.items():
@@ -153,20 +161,12 @@ def _is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
     return both and torch.finfo(dtype).max < torch.finfo(source).max
 
 
-def _split(specs: Mapping[str, TensorSpec], stem: str, max_shard_size: Union[int, str]) -> StateDictSplit:
-    """Returns which tensor goes into which file."""
-    sizes = {name: torch.empty(spec.shape, dtype=spec.dtype, device='meta') for name, spec in specs.items()}
-    size = int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size
-    try:
-        if isinstance(size, int) and size < 1:
-            raise ValueError('no bytes')
-        return split_torch_state_dict_into_shards(
-            sizes, filename_pattern=f'{stem}{{suffix}}.safetensors', max_shard_size=size
-        )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"max_shard_size must be a number of bytes or a text such as '5GB', but is {max_shard_size!r}."
-        ) from error
+def _size_in_bytes(size: Union[int, str]) -> int:
+    match = _SIZE.fullmatch(str(size).strip())
+    nbytes = 0 if match is None else int(float(match[1]) * _UNITS[(match[2] or 'B').upper()])
+    if nbytes < 1:
+        raise ValueError(f"max_shard_size must be a number of bytes or a text such as '5GB', but is {size!r}.")
+    return nbytes
 
 
 def _overflows(values: torch.Tensor, rounded: torch.Tensor) -> bool:
@@ -193,4 +193,5 @@ def bytes_of(values: torch.Tensor) -> memoryview:
 
 def write_json(path: Path, content: object) -> None:
     """Writes what people may want to read, too."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
+    with _named(path):
+        path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')

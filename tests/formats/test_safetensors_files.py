@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
@@ -172,6 +173,8 @@ def test_errors_of_writing_name_the_file(tmp_path):
     with largest_file(1000), pytest.raises(OSError, match=message):
         files.write('a', 0, torch.ones(1000))
     files.close()
+    with largest_file(1000), pytest.raises(OSError, match=r"^\[Errno 27\] File too large: '.*x\.json'$"):
+        write_json(tmp_path / 'x.json', 'x' * 2000)
 
 
 def test_what_is_not_written_is_zero(tmp_path):
@@ -212,15 +215,19 @@ def test_a_file_begins_when_one_is_full(tmp_path):
     assert [path.name for path in (tmp_path / 'one').iterdir()] == ['model.safetensors']
 
 
-def test_a_size_in_digits_counts_bytes(tmp_path):
-    tensors = {name: torch.ones(2) for name in 'ab'}
-    write(tmp_path, tensors, max_shard_size='8')
-    assert len(list(tmp_path.glob('*.safetensors'))) == 2
+@pytest.mark.parametrize('size', [2000, '2000', ' 2000 ', '2KB', '2 kb', '2000B', '0.002MB'])
+def test_a_size_is_a_number_or_a_text(tmp_path, size):
+    write(tmp_path, many_tensors(), size=1000, max_shard_size=size)
+    sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in tmp_path.glob('*.safetensors')]
+    assert 1700 < max(sizes) <= 2000
 
 
-@pytest.mark.parametrize('size', ['5XB', 'large', '', '-5', 0, -1, '0'])
+@pytest.mark.parametrize(
+    'size', ['foo', '5XB', 'GB', '', '-5', '-5GB', -1, 0, '0', '0GB', '1e3', 'nanGB', 'infGB', True]
+)
 def test_a_size_that_is_none_is_refused(tmp_path, size):
-    with pytest.raises(ValueError, match=f"^max_shard_size must be a number of bytes or .*'5GB', but is {size!r}"):
+    message = f"max_shard_size must be a number of bytes or a text such as '5GB', but is {size!r}."
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         SafetensorsFiles(tmp_path, specs_of({'a': torch.ones(2)}), max_shard_size=size)
 
 
