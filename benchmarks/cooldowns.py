@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from composer_bema.cli import main as composer_bema
 from composer_bema.plots import plot_curves
-from composer_bema.training.outputs import METRICS_FILE, loss_curves, read_metrics
+from composer_bema.training.outputs import METRICS_FILE, evaluation_curves, read_metrics
 
 RUN = Path('runs/constant_rate')
 MERGES = Path('runs/constant_rate-merges')
@@ -86,7 +86,7 @@ def shortened(steps: int) -> tuple[list[str], list[str]]:
 
 def evaluations(folder: Path) -> dict[str, dict[int, float]]:
     """Losses by evaluator and step."""
-    return {label: dict(curve) for label, curve in loss_curves(read_metrics(folder / METRICS_FILE)).items()}
+    return {label: dict(curve) for label, curve in evaluation_curves(read_metrics(folder / METRICS_FILE)).items()}
 
 
 def merges() -> dict[tuple[int, int, str], float]:

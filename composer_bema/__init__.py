@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from composer_bema.algorithms import BEMA, DEMA, EMA, LAWA, OUEMA, SWAWindow
     from composer_bema.formats.completeness import newest_complete_checkpoint
     from composer_bema.lr_schedulers import CosineAnnealingWithConstantTailScheduler, WarmupStableDecayScheduler
+    from composer_bema.preference import DPO
     from composer_bema.training.callbacks import FlopsMonitor, HuggingFaceCheckpointer
 
 __all__ = [
     'BEMA',
     'DEMA',
+    'DPO',
     'EMA',
     'LAWA',
     'OUEMA',
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(('BEMA', 'DEMA', 'EMA', 'LAWA', 'OUEMA', 'SWAWindow'), 'algorithms'),
     'CosineAnnealingWithConstantTailScheduler': 'lr_schedulers',
+    'DPO': 'preference',
     'FlopsMonitor': 'training.callbacks',
     'HuggingFaceCheckpointer': 'training.callbacks',
     'WarmupStableDecayScheduler': 'lr_schedulers',

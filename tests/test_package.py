@@ -24,7 +24,7 @@ FLOORS = (
     {'averaging', 'flops'},
     {'functional', 'formats'},
     {'algorithms', 'offline', 'plots'},
-    {'lr_schedulers'},
+    {'lr_schedulers', 'preference'},
     {'training'},
     {'cli'},
     {'__main__'},

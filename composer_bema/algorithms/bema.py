@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
-from composer import Time
+from composer import Event, Logger, State, Time
 
+from composer_bema.algorithms.reference_updates import ReferenceUpdates
 from composer_bema.algorithms.times import in_half_lives, parse_update_freq
 from composer_bema.algorithms.weight_averaging import SaveWeights, WeightAveraging
 from composer_bema.averaging.defaults import DEFAULTS, default_update_freq
@@ -18,6 +19,9 @@ from composer_bema.averaging.rules import bema_rule, ema_rule
 from composer_bema.averaging.state import NonFinite
 
 __all__ = ['BEMA', 'EMA']
+
+# Where a checkpoint has when the reference model was updated.
+_REFERENCE = 'reference'
 
 
 class BEMA(WeightAveraging):
@@ -51,6 +55,11 @@ class BEMA(WeightAveraging):
         half_life (str, optional): A time in any unit. Replaces ``ema_power`` by the constant rate
             :math:`\beta = 1 - 2^{-\text{elapsed} / \text{half\_life}}`. Default: ``None``.
         update_interval (str, optional): Another name of ``update_freq``.
+        update_ref_model (bool): Whether the frozen reference model of a run, such as that of :class:`.DPO`, becomes the
+            BEMA weights every ``ref_model_update_freq``, counted from ``ref_model_update_after``, where the first such
+            update is due. It stays as it is as long as there are no BEMA weights. Default: ``False``.
+        ref_model_update_freq (str): A time in any unit. Default: ``'400ba'``.
+        ref_model_update_after (str): A time in any unit. Default: ``'0ba'``.
         eval_labels (list[str], optional): The labels of the evaluators that see the average; ``'predict'`` stands for
             ``Trainer.predict``. Several averages can watch one run with labels of their own. Default: ``None``, all.
         save_weights (str, optional): Which weights callbacks find in the model at a checkpoint event, ``'average'`` or
@@ -66,7 +75,8 @@ class BEMA(WeightAveraging):
 
     Raises:
         ValueError: If a setting is out of its range, ``update_freq`` and ``update_interval`` are both given, or the run
-            does not fit: a second BEMA, shared evaluators or checkpoints, a unit that the run does not count.
+            does not fit: a second BEMA, shared evaluators or checkpoints, a unit that the run does not count, no
+            reference model to update.
         TypeError: If a time is no time string, or a number none.
         FloatingPointError: During training, if a weight is not finite and ``nonfinite='raise'``.
 
@@ -97,6 +107,9 @@ class BEMA(WeightAveraging):
         half_life: Optional[Union[str, Time]] = None,
         *,
         update_interval: Optional[Union[str, Time]] = None,
+        update_ref_model: bool = False,
+        ref_model_update_freq: Union[str, Time] = f'{DEFAULTS.update_freq}ba',
+        ref_model_update_after: Union[str, Time] = f'{DEFAULTS.update_after}ba',
         eval_labels: Optional[Sequence[str]] = None,
         save_weights: Optional[SaveWeights] = None,
         state_in_checkpoint: bool = True,
@@ -104,6 +117,8 @@ class BEMA(WeightAveraging):
         nonfinite: NonFinite = 'raise',
         device: Optional[Union[torch.device, str]] = None,
     ) -> None:
+        references = ReferenceUpdates(ref_model_update_freq, ref_model_update_after)
+        self.reference_updates = references if update_ref_model else None
         super().__init__(
             bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, in_half_lives(half_life)),
             settings={
@@ -112,6 +127,7 @@ class BEMA(WeightAveraging):
                 'lag': lag,
                 'multiplier': multiplier,
                 'min_ema_multiplier': min_ema_multiplier,
+                **_reference_settings(self.reference_updates),
             },
             update_freq=parse_update_freq(update_freq, update_interval, f'{default_update_freq(half_life)}ba'),
             update_after=update_after,
@@ -127,6 +143,46 @@ class BEMA(WeightAveraging):
     def get_bema_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """Puts the BEMA weights into a model and returns it, as :meth:`.WeightAveraging.get_averaged_model` does."""
         return self.get_averaged_model(model)
+
+    def saved_state(self) -> dict[str, Any]:
+        saved = super().saved_state()
+        return saved if self.reference_updates is None else {**saved, _REFERENCE: self.reference_updates.state_dict()}
+
+    def restore(self, saved: dict[str, Any], state: State) -> None:
+        super().restore(saved, state)
+        if self.reference_updates is not None and _REFERENCE in saved:
+            self.reference_updates.load_state_dict(saved[_REFERENCE])
+
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        if self.reference_updates is not None:
+            self.reference_updates.forget_run()
+
+    def _times(self) -> dict[str, Time]:
+        given = super()._times()
+        if self.reference_updates is not None:
+            given['ref_model_update_freq'] = self.reference_updates.update_freq
+            given['ref_model_update_after'] = self.reference_updates.update_after
+        return given
+
+    def _start_fit(self, event: Event, state: State, logger: Logger) -> None:
+        super()._start_fit(event, state, logger)
+        if self.reference_updates is not None:
+            self.reference_updates.start(state)
+
+    def _follow_reset_clocks(self, state: State) -> None:
+        origin = self._origin
+        super()._follow_reset_clocks(state)
+        if self.reference_updates is not None and self._origin is not origin:
+            self.reference_updates.follow_reset_clocks(state)
+
+    def _end_step(self, event: Event, state: State, logger: Logger) -> None:
+        """Updates the average first, so that a reference that is due has the newest."""
+        super()._end_step(event, state, logger)
+        references = self.reference_updates
+        if references is not None and references.are_due(state) and self.average.num_updates:
+            references.apply(self.average.average(), state)
+            logger.log_metrics({f'{self._prefix}/num_ref_model_updates': references.num_updates})
 
 
 class EMA(WeightAveraging):
@@ -201,3 +257,13 @@ class EMA(WeightAveraging):
     def get_ema_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """Puts the EMA weights into a model and returns it, as :meth:`.WeightAveraging.get_averaged_model` does."""
         return self.get_averaged_model(model)
+
+
+def _reference_settings(references: Optional[ReferenceUpdates]) -> dict[str, Union[str, bool]]:
+    if references is None:
+        return {}
+    return {
+        'update_ref_model': True,
+        'ref_model_update_freq': references.update_freq.to_timestring(),
+        'ref_model_update_after': references.update_after.to_timestring(),
+    }

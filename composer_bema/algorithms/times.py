@@ -121,6 +121,15 @@ def intervals_since(start: Mapping[str, int], interval: Time, timestamp: Timesta
     return math.floor((timestamp.get(unit).value - start[unit.value]) / length)
 
 
+def intervals_passed(start: Mapping[str, int], interval: Time, state: State) -> int:
+    """Returns how many multiples of ``interval`` since ``start`` this event is the first one after."""
+    assert state.previous_timestamp is not None, 'the trainer sets it with the first step'
+    before, now = (
+        intervals_since(start, interval, timestamp, state) for timestamp in (state.previous_timestamp, state.timestamp)
+    )
+    return now - before
+
+
 def times_since(start: Mapping[str, int], time: Time, state: State) -> float:
     """Returns how many times ``time`` has passed since ``start``, with the fraction; epochs are counted in steps."""
     unit, length = _counted(time, state, epochs_in_steps=True)

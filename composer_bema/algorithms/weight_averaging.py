@@ -350,12 +350,7 @@ class WeightAveraging(Algorithm):
 
     def _intervals_passed(self, state: State) -> int:
         """Returns how many multiples of update_freq this event is the first one after."""
-        assert state.previous_timestamp is not None, 'the trainer sets it with the first step'
-        before, now = (
-            times.intervals_since(self._origin, self.update_freq, timestamp, state)
-            for timestamp in (state.previous_timestamp, state.timestamp)
-        )
-        return now - before
+        return times.intervals_passed(self._origin, self.update_freq, state)
 
     def _follow_reset_clocks(self, state: State) -> None:
         """Counts from here on where the clocks stand before the last update, as after ``fit(reset_time=True)``."""

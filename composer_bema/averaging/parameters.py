@@ -17,8 +17,10 @@ __all__ = [
     'canonical_names',
     'copy_weights',
     'first_names',
+    'keep_out_of_averages',
     'local_tensor',
     'matching_tensors',
+    'names_kept_out',
     'named_parameters',
     'named_persistent_buffers',
     'named_tensors',
@@ -27,6 +29,7 @@ __all__ = [
 
 # Path components that FSDP1, torch.compile and activation checkpointing put into names.
 _WRAPPERS = frozenset({'_fsdp_wrapped_module', '_orig_mod', '_checkpoint_wrapped_module'})
+_KEPT_OUT = '_is_kept_out_of_averages'
 
 
 def canonical_names(model: torch.nn.Module, names: list[str]) -> list[str]:
@@ -79,6 +82,18 @@ def parameter_shards(model: torch.nn.Module) -> dict[str, Shard]:
     """
     shards = shards_by_id(model)
     return {n: shards[id(p)] for n, p in named_parameters(model).items() if id(p) in shards}
+
+
+def keep_out_of_averages(module: torch.nn.Module) -> None:
+    """Marks a submodule whose buffers are no statistics of the training, such as a frozen reference model."""
+    setattr(module, _KEPT_OUT, True)
+
+
+def names_kept_out(model: torch.nn.Module) -> frozenset[str]:
+    """Returns the canonical names of the module buffers in marked submodules."""
+    marked = [module for module in model.modules() if getattr(module, _KEPT_OUT, False)]
+    kept_out = {id(buffer) for module in marked for buffer in module.buffers()}
+    return frozenset(n for n, buffer in named_persistent_buffers(model).items() if id(buffer) in kept_out)
 
 
 def matching_tensors(

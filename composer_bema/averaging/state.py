@@ -26,6 +26,7 @@ from composer_bema.averaging.parameters import (
     named_parameters,
     named_persistent_buffers,
     named_tensors,
+    names_kept_out,
     parameter_shards,
 )
 from composer_bema.averaging.rules import Latest, Rule
@@ -310,7 +311,8 @@ class AverageState:
     def _averaged_tensors(self, model: torch.nn.Module) -> list[tuple[Rule, dict[str, torch.Tensor]]]:
         """Returns the tensors of ``model`` by the rule that they fall under; the parameters come first."""
         parameters = {n: local_tensor(p) for n, p in named_parameters(model).items() if p.requires_grad}
-        buffers = {n: local_tensor(b) for n, b in named_persistent_buffers(model).items()}
+        kept_out = names_kept_out(model)
+        buffers = {n: local_tensor(b) for n, b in named_persistent_buffers(model).items() if n not in kept_out}
         statistics = {n: b for n, b in buffers.items() if self.average_buffers and _is_inexact(b)}
         copied = {n: b for n, b in buffers.items() if n not in statistics}
         return [(self.rule, parameters), (self.rule.statistics, statistics), (Latest(), copied)]

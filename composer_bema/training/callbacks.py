@@ -30,6 +30,7 @@ from composer_bema.formats.huggingface import (
 )
 from composer_bema.formats.manifest import write_manifest
 from composer_bema.formats.tensors import LazyTensor, dtype_named
+from composer_bema.preference.dpo import DPO
 from composer_bema.training.registry import build
 
 __all__ = ['FlopsMonitor', 'HuggingFaceCheckpointer']
@@ -67,6 +68,9 @@ class FlopsMonitor(Callback):
         del logger
         architecture = self.architecture or _architecture_in(state)
         self.flops_per_token = training_flops(architecture, self.sequence_length, tokens=1)
+        if isinstance(state.model, DPO):
+            # The reference's forward pass, beside a forward and a backward pass, which costs twice as much.
+            self.flops_per_token += self.flops_per_token // 3
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log; the evaluations of this step come after it."""
@@ -151,7 +155,9 @@ class HuggingFaceCheckpointer(Callback):
 def _write(composer_model: HuggingFaceModel, weights: dict[str, LazyTensor], folder: Path) -> None:
     model: Any = composer_model.model
     if composer_model.using_peft:
-        write_adapter(folder, model, {name: tensor.read() for name, tensor in weights.items()})
+        state = {name: tensor.read() for name, tensor in weights.items()}
+        # Not the adapter of a reference, which would get a folder of its own.
+        write_adapter(folder, model, state, selected_adapters=[model.active_adapter])
     else:
         model = model.module if isinstance(model, FullyShardedDataParallel) else model
         # The class without what FSDP2 makes of it.

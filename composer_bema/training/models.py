@@ -13,9 +13,11 @@ from composer.metrics import LanguageCrossEntropy, LanguagePerplexity
 from composer.models import HuggingFaceModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from composer_bema.preference.dpo import DPO
+from composer_bema.preference.losses import LossType
 from composer_bema.training.config import ConfigError, suggest
 
-__all__ = ['build_hf_causal_lm', 'build_hf_config']
+__all__ = ['build_hf_causal_lm', 'build_hf_causal_lm_dpo', 'build_hf_config']
 
 
 def build_hf_causal_lm(
@@ -75,6 +77,51 @@ def build_hf_causal_lm(
         eval_metrics=metrics,
         peft_config=_peft_config(peft_config),
     )
+
+
+def build_hf_causal_lm_dpo(
+    tokenizer: PreTrainedTokenizerBase,
+    pretrained_model_name_or_path: Optional[str] = None,
+    pretrained: bool = True,
+    config: Optional[Mapping[str, Any]] = None,
+    config_overrides: Optional[Mapping[str, Any]] = None,
+    attn_implementation: Optional[str] = None,
+    trust_remote_code: bool = False,
+    use_train_metrics: bool = True,
+    peft_config: Optional[Mapping[str, Any]] = None,
+    beta: float = 0.1,
+    loss_type: LossType = 'sigmoid',
+    label_smoothing: float = 0.0,
+) -> DPO:
+    """Build a policy and its frozen reference, which begin as the same causal language model.
+
+    Args:
+        tokenizer: This and the arguments down to ``peft_config`` are those of :func:`build_hf_causal_lm`. With a
+            ``peft_config`` policy and reference are two adapters on one base.
+        pretrained_model_name_or_path: As there.
+        pretrained: As there.
+        config: As there.
+        config_overrides: As there.
+        attn_implementation: As there.
+        trust_remote_code: As there.
+        use_train_metrics: Compute rewards and the other metrics of :class:`.DPO` of the training batches too.
+        peft_config: As there.
+        beta: The strength of the pull towards the reference, above 0.
+        loss_type: ``sigmoid`` or ``ipo``.
+        label_smoothing: The share of pairs thought to be the wrong way round, below 0.5; with ``sigmoid`` only.
+    """
+    policy = build_hf_causal_lm(
+        tokenizer,
+        pretrained_model_name_or_path,
+        pretrained,
+        config,
+        config_overrides,
+        attn_implementation,
+        trust_remote_code,
+        peft_config=peft_config,
+    )
+    model: Any = policy.model
+    return DPO(model, tokenizer, beta, loss_type, label_smoothing, use_train_metrics)
 
 
 def build_hf_config(

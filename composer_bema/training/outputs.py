@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +28,7 @@ __all__ = [
     'check_run_folder',
     'goes_on',
     'is_below',
-    'loss_curves',
+    'evaluation_curves',
     'read_metrics',
     'report',
     'run_folder_of',
@@ -43,6 +43,15 @@ CURVES_FILE = 'curves.png'
 CHECKPOINT_DEPTH = 3
 
 LOSS_METRIC = 'LanguageCrossEntropy'
+# The columns of the table of a run on preferences.
+PREFERENCE_METRICS = {
+    'PreferenceLoss': 'loss',
+    'RewardMargin': 'margin',
+    'RewardAccuracy': 'accuracy',
+    'ReferenceKL': 'KL (nats per token)',
+    'LogProbChosen': 'log p(chosen)',
+    'LogProbRejected': 'log p(rejected)',
+}
 
 
 class MetricsFile(LoggerDestination):
@@ -163,14 +172,21 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def loss_curves(records: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Each evaluator's losses (nats a token) by optimizer step, from the lines of a metrics file."""
+def evaluation_curves(
+    records: Iterable[dict[str, Any]], metric: str = LOSS_METRIC
+) -> dict[str, list[tuple[int, float]]]:
+    """Each evaluator's values of a metric by optimizer step, from the lines of a metrics file.
+
+    Args:
+        records: The lines.
+        metric: The metric's name; by default the loss in nats a token.
+    """
     curves: dict[str, dict[int, float]] = {}
     for record in records:
         for name, value in record.items():
             group, _, rest = name.partition('/')
-            label, _, metric = rest.rpartition('/')
-            if group == 'metrics' and metric == LOSS_METRIC and label != 'train':
+            label, _, measured = rest.rpartition('/')
+            if group == 'metrics' and measured == metric and label != 'train':
                 curves.setdefault(label, {})[record['batch']] = float(value)
     return {label: sorted(points.items()) for label, points in curves.items()}
 
@@ -178,16 +194,33 @@ def loss_curves(records: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, 
 def report(folder: str | Path) -> str:
     """Draw the evaluators' curves into the run's folder; return a table of their last losses, and the files' names."""
     folder = Path(folder)
-    curves = loss_curves(read_metrics(folder / METRICS_FILE))
+    records = read_metrics(folder / METRICS_FILE)
     files = {'settings': CONFIG_FILE, 'metrics': METRICS_FILE}
+    losses, margins = evaluation_curves(records), evaluation_curves(records, 'RewardMargin')
     table = ''
-    if curves:
-        plot_curves(curves, folder / CURVES_FILE, 'optimizer step', 'loss (nats per token)')
+    if losses:
+        plot_curves(losses, folder / CURVES_FILE, 'optimizer step', 'loss (nats per token)')
+        table = _table_of_losses(losses)
+    elif margins:
+        plot_curves(margins, folder / CURVES_FILE, 'optimizer step', 'reward margin (nats)')
+        table = _table_of_preferences(records)
+    if table:
         files['curves'] = CURVES_FILE
-        rows = [[label, *_last(points)] for label, points in curves.items()]
-        headers = ['evaluator', 'step', 'loss', 'perplexity']
-        table = tabulate(rows, headers, floatfmt=('', '', '.4f', '.3f')) + '\n\n'
     return table + ', '.join(f'{what}: {folder / name}' for what, name in files.items())
+
+
+def _table_of_losses(curves: Mapping[str, list[tuple[int, float]]]) -> str:
+    rows = [[label, *_last(points)] for label, points in curves.items()]
+    return tabulate(rows, ['evaluator', 'step', 'loss', 'perplexity'], floatfmt=('', '', '.4f', '.3f')) + '\n\n'
+
+
+def _table_of_preferences(records: list[dict[str, Any]]) -> str:
+    columns = [evaluation_curves(records, metric) for metric in PREFERENCE_METRICS]
+    rows = [
+        [label, points[-1][0], *(column[label][-1][1] for column in columns)] for label, points in columns[0].items()
+    ]
+    headers = ['evaluator', 'step', *PREFERENCE_METRICS.values()]
+    return tabulate(rows, headers, floatfmt=('', '', '.4f', '.4f', '.3f', '.4f', '.2f', '.2f')) + '\n\n'
 
 
 def _last(points: list[tuple[int, float]]) -> tuple[int, float, float]:

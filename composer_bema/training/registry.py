@@ -20,7 +20,10 @@ from composer_bema.training.values import argument_types, describe, fits
 __all__ = ['REGISTRY', 'argument_names', 'build', 'check_arguments', 'find_builder', 'split_name']
 
 REGISTRY: dict[str, dict[str, str]] = {
-    'model': {'hf_causal_lm': 'composer_bema.training.models:build_hf_causal_lm'},
+    'model': {
+        'hf_causal_lm': 'composer_bema.training.models:build_hf_causal_lm',
+        'hf_causal_lm_dpo': 'composer_bema.training.models:build_hf_causal_lm_dpo',
+    },
     # Any other tokenizer name is a Hugging Face name or folder.
     'tokenizer': {'bytes': 'composer_bema.training.tokenizers:build_byte_tokenizer'},
     'loader': {

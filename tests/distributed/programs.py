@@ -206,7 +206,7 @@ def running(
     # FSDP2 takes all weights from rank 0 only if the other ranks have none.
     has_weights = not (topology.wrapper == 'fsdp2' and topology.load_monolith_rank0_only and dist.get_global_rank())
     model = make_model(dtype, tied, batch_norm, 'cpu' if has_weights else 'meta')
-    patches = _fsdp1_on_a_cpu() if topology.wrapper == 'fsdp1' else contextlib.nullcontext()
+    patches = fsdp1_on_a_cpu() if topology.wrapper == 'fsdp1' else contextlib.nullcontext()
     # Asking for the processor's name takes longer than the run.
     with patches, mock.patch('composer.utils.collect_env.get_cpu_model', return_value='CPU'):
         trainer = Trainer(
@@ -245,7 +245,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _fsdp1_on_a_cpu() -> Iterator[None]:
+def fsdp1_on_a_cpu() -> Iterator[None]:
     """FSDP1 is made for GPUs: these places go wrong where the CPU is the device as well."""
     fsdp = 'torch.distributed.fsdp'
     unflatten = _optim_utils._unflatten_orig_param_states

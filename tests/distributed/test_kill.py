@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from composer_bema.formats.completeness import INCOMPLETE, newest_complete_checkpoint, saved_checkpoints
-from composer_bema.training.outputs import loss_curves, read_metrics
+from composer_bema.training.outputs import evaluation_curves, read_metrics
 from tests.distributed.kills import (
     LINK,
     Leftovers,
@@ -180,7 +180,7 @@ def test_a_killed_run_of_a_yaml_goes_on_by_itself(world_size: int, tmp_path: Pat
 
     compare_with_a_killed_run(tmp_path, f'yaml-{world_size}', world_size, False, start)
     found, expected = (read_metrics(tmp_path / f'{name}-run' / 'metrics.jsonl') for name in ('killed', 'whole'))
-    assert loss_curves(found) == loss_curves(expected)
+    assert evaluation_curves(found) == evaluation_curves(expected)
     losses, others = (
         {record['batch']: record['loss/train/total'] for record in records if 'loss/train/total' in record}
         for records in (found, expected)

@@ -16,7 +16,7 @@ from composer_bema.flops import Architecture, training_flops
 from composer_bema.formats.manifest import read_manifest
 from composer_bema.training.callbacks import FlopsMonitor, HuggingFaceCheckpointer
 from composer_bema.training.config import ConfigError, load_config
-from composer_bema.training.outputs import loss_curves, read_metrics
+from composer_bema.training.outputs import evaluation_curves, read_metrics
 from composer_bema.training.run import train
 from tests.algorithms.runs import make_classifier, make_trainer
 from tests.distributed import programs
@@ -121,7 +121,7 @@ def test_flops_are_logged_before_each_evaluation_and_alike_when_resumed(tmp_path
     train(load_config(path, [checkpoint, f'run_folder={tmp_path}/again', f'save_folder={tmp_path}/checkpoints_again']))
     resumed = read_metrics(tmp_path / 'again' / 'metrics.jsonl')
     assert flops_of(resumed) == {step: expected[step] for step in (5, 6)}
-    over_flops = [(expected[step], loss) for step, loss in loss_curves(rows)['one']]
+    over_flops = [(expected[step], loss) for step, loss in evaluation_curves(rows)['one']]
     assert [x for x, _ in over_flops] == [expected[0], expected[3], expected[6]]
 
 

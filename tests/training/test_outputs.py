@@ -16,7 +16,7 @@ from composer_bema.training.config import ConfigError, load_config
 from composer_bema.training.outputs import (
     MetricsFile,
     check_run_folder,
-    loss_curves,
+    evaluation_curves,
     read_metrics,
     report,
     write_settings,
@@ -78,7 +78,7 @@ def test_curves_are_the_evaluators_and_later_lines_win():
         {'batch': 2, 'metrics/ema/LanguageCrossEntropy': 2.0},
         {'batch': 2, 'metrics/a/b/LanguageCrossEntropy': 'inf'},
     ]
-    assert loss_curves(records) == {'ema': [(1, 4.0), (2, 2.0)], 'a/b': [(2, math.inf)]}
+    assert evaluation_curves(records) == {'ema': [(1, 4.0), (2, 2.0)], 'a/b': [(2, math.inf)]}
 
 
 def test_report(tmp_path):

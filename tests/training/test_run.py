@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from composer_bema.training.config import ConfigError, load_config
 from composer_bema.training.data.blocks import select_part
-from composer_bema.training.outputs import loss_curves, read_metrics
+from composer_bema.training.outputs import evaluation_curves, read_metrics
 from composer_bema.training.run import _resume_settings, build_trainer, train
 from tests.distributed.ranks import run_ranks
 from tests.formats.runs import saved
@@ -43,7 +43,7 @@ def test_a_run_leaves_settings_metrics_picture_and_table(tmp_path, yaml):
     assert losses[-1] < losses[0]
     # 4 sequences of 32 tokens a step.
     assert records[-1]['token'] == 6 * 4 * 32
-    curves = loss_curves(records)
+    curves = evaluation_curves(records)
     assert {label: [step for step, _ in points] for label, points in curves.items()} == dict.fromkeys(
         ['one', 'two'], [0, 3, 6]
     )
@@ -85,7 +85,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_ends_bit_equal(tmp_path, yaml, 
         trainer = build_trainer(load_config(yaml, [*common, f'run_folder={tmp_path}/{folder}', *overrides]))
         trainer.fit()
         trainer.close()
-        curves = loss_curves(read_metrics(tmp_path / folder / 'metrics.jsonl'))
+        curves = evaluation_curves(read_metrics(tmp_path / folder / 'metrics.jsonl'))
         algorithms = {type(algorithm).__name__: algorithm.state_dict() for algorithm in trainer.state.algorithms}
         return copy.deepcopy((trainer.state.model.state_dict(), algorithms)), curves
 
@@ -234,7 +234,7 @@ def test_the_loss_of_an_evaluator_is_the_mean_over_its_target_tokens(tmp_path, y
     with torch.no_grad():
         logits = trainer.state.model.model.eval()(input_ids=tokens).logits
     by_hand = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
-    _, loss = loss_curves(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))['one'][-1]
+    _, loss = evaluation_curves(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))['one'][-1]
     assert loss == pytest.approx(by_hand.item(), rel=1e-6)
 
 
@@ -301,7 +301,7 @@ def test_the_hugging_face_folder_holds_what_save_weights_names(tmp_path, yaml, s
 
 def test_eval_labels_compare_weights_in_one_run(tmp_path, yaml):
     train(load_config(yaml, ['algorithms.bema={update_freq: 2ba, eval_labels: [two]}']))
-    curves = loss_curves(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))
+    curves = evaluation_curves(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))
     assert all(one != two for one, two in zip(curves['one'], curves['two'], strict=True))
 
 
@@ -327,7 +327,7 @@ def test_packed_conversations_train(tmp_path):
     # `<u>a<a>9` has 8 tokens, `<u>a<a>10` has 9, and padding does not count.
     kept = select_part(32, 'train', 0.75, 17)
     assert records[-1]['token'] == sum(8 if number < 10 else 9 for number in kept)
-    assert loss_curves(records)['held_out']
+    assert evaluation_curves(records)['held_out']
 
 
 @pytest.mark.parametrize(

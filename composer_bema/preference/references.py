@@ -1,0 +1,103 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The frozen reference of a policy: a model of its own, or a second adapter on the base that they share."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from composer_bema.averaging.parameters import keep_out_of_averages, local_tensor, named_tensors, parameter_shards
+
+__all__ = ['ADAPTER', 'add_reference_adapter', 'copy_to_reference', 'frozen_copy', 'reference_adapter']
+
+ADAPTER = 'reference'
+
+
+def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns a copy of a model that is neither trained nor averaged."""
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    keep_out_of_averages(reference)
+    return reference
+
+
+def add_reference_adapter(model: Any) -> dict[str, str]:
+    """Adds a frozen copy of the adapter that a PEFT model trains.
+
+    Returns:
+        dict[str, str]: The parameter of the copy for each parameter that is trained.
+
+    Raises:
+        ValueError: If the model trains what is shared with the reference.
+    """
+    policy_adapter = model.active_adapter
+    config = copy.deepcopy(model.peft_config[policy_adapter])
+    config.inference_mode = True
+    # Before PEFT freezes all that is no adapter.
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.add_adapter(ADAPTER, config)
+    parameters = dict(model.named_parameters())
+    names = {}
+    for name in trained:
+        names[name] = '.'.join(ADAPTER if part == policy_adapter else part for part in name.split('.'))
+        if names[name] == name or names[name] not in parameters:
+            raise ValueError(
+                f"The parameter '{name}' is trained, but policy and reference share it: with an adapter, DPO can train "
+                'nothing else.',
+            )
+        parameters[names[name]].requires_grad_(False)
+        parameters[names[name]].data.copy_(parameters[name].data)
+    return names
+
+
+@contextlib.contextmanager
+def reference_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Holds the reference's adapter in a PEFT model, without dropout, in the place of the policy's.
+
+    PEFT's own ``set_adapter`` would make the reference trainable.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    adapted: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    active = [module._active_adapter for module in adapted]
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    for module in adapted:
+        module._active_adapter = [ADAPTER]
+    try:
+        yield model
+    finally:
+        for module, adapter in zip(adapted, active, strict=True):
+            module._active_adapter = adapter
+        for module in was_training:
+            module.training = True
+
+
+@torch.no_grad()
+def copy_to_reference(model: torch.nn.Module, names: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> None:
+    """Overwrites the reference in a model, rounded once to its dtypes.
+
+    Args:
+        model (torch.nn.Module): The model that holds policy and reference, under any wrapping.
+        names (Mapping[str, str]): The reference's tensor for each of the policy's, by canonical name.
+        weights (Mapping[str, torch.Tensor]): Values for tensors of the policy, this rank's of a sharded model.
+
+    Raises:
+        ValueError: If ranks hold other parts of the reference than of the policy. Nothing is changed then.
+    """
+    tensors, shards = named_tensors(model), parameter_shards(model)
+    copied = {names[n]: value for n, value in weights.items() if n in names}
+    for n, reference in ((n, names[n]) for n in weights if n in names):
+        if shards.get(n) != shards.get(reference) or weights[n].shape != local_tensor(tensors[reference]).shape:
+            raise ValueError(
+                f"This rank holds other parts of '{reference}' than of '{n}', so that the reference cannot follow the "
+                'policy: FSDP1 cuts adapters that way, so use FSDP2 (the environment variable FSDP_VERSION=2) or DDP.',
+            )
+    for n, value in copied.items():
+        local_tensor(tensors[n]).copy_(value)

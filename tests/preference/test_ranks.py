@@ -1,0 +1,47 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""DPO on two ranks: the same run as on one, and bit-exact when it is resumed."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.programs import TOPOLOGIES
+from tests.distributed.ranks import run_ranks
+from tests.preference.runs import train
+
+STEPS = 8
+
+
+@cache
+def on_one_rank(adapter: bool) -> dict[str, Any]:
+    return train(STEPS, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ('topology', 'adapter'),
+    [('ddp', False), ('ddp', True), ('fsdp2', False), ('fsdp2', True), ('fsdp1', False)],
+)
+def test_two_ranks_do_what_one_does_also_when_resumed(topology: str, adapter: bool, tmp_path: Path):
+    if adapter:
+        pytest.importorskip('peft')
+    whole, _ = run_ranks(
+        train, 2, STEPS, topology=topology, adapter=adapter, evaluate=True, save_folder=tmp_path, save_step=4
+    )
+    path = TOPOLOGIES[topology].checkpoint(tmp_path, 4)
+    resumed, _ = run_ranks(train, 2, STEPS, topology=topology, adapter=adapter, evaluate=True, load_path=path)
+
+    expected = on_one_rank(adapter)
+    assert whole['losses'] == pytest.approx(expected['losses'], abs=1e-5)
+    assert whole['reference'].keys() == expected['reference'].keys()
+    for n, value in expected['reference'].items():
+        torch.testing.assert_close(whole['reference'][n], value, rtol=0, atol=1e-5)
+
+    assert resumed['num_ref_model_updates'] == whole['num_ref_model_updates'] == 3
+    assert resumed['losses'] == whole['losses'][4:]
+    for kind in ('reference', 'weights'):
+        assert all(torch.equal(value, resumed[kind][n]) for n, value in whole[kind].items())
