@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 import numpy as np
@@ -16,6 +16,7 @@ from composer.models import ComposerClassifier, ComposerModel
 from composer.utils import dist
 from torch.utils.data import DataLoader, TensorDataset
 
+from composer_bema import BEMA
 from composer_bema.averaging.parameters import named_parameters, named_persistent_buffers
 
 # The fourth parameter of the trajectory is frozen, and stands first: pairing by position goes wrong there.
@@ -60,6 +61,17 @@ class TrajectoryModel(ComposerModel):
         return outputs
 
 
+class ReferenceModel(TrajectoryModel):
+    """Keeps what its reference would be overwritten with."""
+
+    def __init__(self, trajectory: dict[str, np.ndarray]) -> None:
+        super().__init__(trajectory)
+        self.updates: list[dict[str, np.ndarray]] = []
+
+    def update_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.updates.append({n: tensor.numpy().copy() for n, tensor in weights.items()})
+
+
 class Record(Callback):
     """Keeps what a function returns after each of the given events, by step."""
 
@@ -98,6 +110,38 @@ def follow(trajectory: dict[str, np.ndarray], algorithm: Any, **kwargs: Any) -> 
     trainer.fit()
     trainer.close()
     return {step: seen for step, seen in record.seen.items() if seen is not None}
+
+
+def follow_with_reference(
+    model: ReferenceModel, trajectory: dict[str, np.ndarray], max_duration: str, fits: int = 1, **settings: Any
+) -> list[int]:
+    """Trains on the trajectory in epochs of ten steps; returns the steps after which the reference was updated."""
+    steps: list[int] = []
+
+    class Watch(Callback):
+        def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+            self.batch_end_is_over(state)
+
+        def batch_checkpoint(self, state: State, logger: Logger) -> None:
+            self.batch_end_is_over(state)
+
+        def batch_end_is_over(self, state: State) -> None:
+            steps.extend([state.timestamp.batch.value] * (len(model.updates) - len(steps)))
+
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(TensorDataset(torch.zeros(10, 1)), batch_size=1),
+        optimizers=FollowTrajectory(model, trajectory),
+        max_duration=max_duration,
+        algorithms=[BEMA(update_ref_model=True, **settings)],
+        callbacks=[Watch()],
+        device='cpu',
+        progress_bar=False,
+    )
+    for _ in range(fits):
+        trainer.fit(reset_time=True)
+    trainer.close()
+    return steps
 
 
 def make_classifier(dtype: torch.dtype = torch.float32) -> ComposerClassifier:

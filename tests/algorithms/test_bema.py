@@ -10,7 +10,7 @@ from composer import Event
 from composer.algorithms import EMA as ComposerEMA
 
 from composer_bema import BEMA, EMA
-from tests.algorithms.runs import TRAINABLE, Record, follow, make_trainer
+from tests.algorithms.runs import TRAINABLE, Record, ReferenceModel, follow, follow_with_reference, make_trainer
 from tests.conftest import load_golden
 
 # TRL's rate may start above 1 there, which is no average.
@@ -40,6 +40,20 @@ def test_trainer_reproduces_trl(golden, id):
     for row, step in enumerate(updates):
         for name in TRAINABLE:
             np.testing.assert_allclose(seen[step][name], expected[f'running/{name}'][row], atol=5e-6, rtol=0)
+
+
+def test_a_reference_follows_as_trls_does(golden):
+    config, expected = golden('trl').configs['ref00']['kwargs'], golden('trl').of('ref00')
+    times = {n: f'{config[n]}ba' for n in ('update_freq', 'ref_model_update_freq', 'ref_model_update_after')}
+    trajectory = golden('trajectory').arrays
+    model = ReferenceModel(trajectory)
+    steps = follow_with_reference(model, trajectory, max_duration='60ba', **times)
+    # The first one in print, at step 3, writes the initial weights, since there is no average before step 4.
+    first, *rest = expected['ref_updates'].tolist()
+    assert first < 4 and steps == rest
+    for row, update in enumerate(model.updates, start=1):
+        for name in TRAINABLE:
+            np.testing.assert_allclose(update[name], expected[f'ref/{name}'][row], rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize('id', COMPOSER_IDS)
