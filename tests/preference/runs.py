@@ -37,12 +37,12 @@ BEMA_SETTINGS: dict[str, Any] = {
 }
 
 
-def make_policy(model_type: str = 'llama', seed: int = 5) -> PreTrainedModel:
+def make_policy(model_type: str = 'llama', seed: int = 5, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """A causal language model of a few thousand parameters, in two blocks that FSDP takes for units."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
