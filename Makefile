@@ -10,17 +10,19 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 KILLS ?= 24
+TRL_VENV ?= .venv-trl
 
 UV := $(VENV)/uv/bin/uv
 INSTALLED := $(VENV)/.installed
 LINTERS := $(VENV)/.linters
+TRL_INSTALLED := $(TRL_VENV)/.installed
 
 # uv then trusts the certificates that the system trusts, as pip does: behind a company's proxy it could fetch nothing.
 export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study cooldowns bench-offline test test-kills lint format hooks clean
+.PHONY: help install quickstart study cooldowns bench-offline test test-kills test-trl lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -46,6 +48,9 @@ test: $(INSTALLED)  ## Run the tests; those that need a GPU are skipped where th
 test-kills: $(INSTALLED)  ## Kill each of the runs of tests/distributed/test_kill.py KILLS times (24), in five minutes
 	KILLS=$(KILLS) $(VENV)/bin/python -m pytest tests/distributed/test_kill.py -rP --show-capture=stdout $(PYTEST_ARGS)
 
+test-trl: $(INSTALLED) $(TRL_INSTALLED)  ## Hold DPO against TRL's own trainer, which gets the environment .venv-trl, of several GB
+	TRL_PYTHON=$(TRL_VENV)/bin/python $(VENV)/bin/python -m pytest tests/preference/test_trl.py $(PYTEST_ARGS)
+
 lint: $(LINTERS)  ## Check style, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -58,8 +63,8 @@ format: $(LINTERS)  ## Rewrite the code as `make lint` wants it
 hooks: $(LINTERS)  ## Run the linters before each git commit
 	$(VENV)/bin/pre-commit install
 
-clean:  ## Remove .venv and the caches of the tools
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build composer_bema.egg-info
+clean:  ## Remove .venv, .venv-trl and the caches of the tools
+	rm -rf $(VENV) $(TRL_VENV) .pytest_cache .ruff_cache .hypothesis build composer_bema.egg-info
 
 # The environment has no pip of its own, since Debian's Python cannot put one there without a further package; the pip of
 # $(PYTHON) fetches uv instead. uv resolves Composer's dependencies in seconds, where pip takes more than ten minutes.
@@ -85,4 +90,15 @@ $(INSTALLED): setup.py composer_bema/version.py | $(UV)
 
 $(LINTERS): $(INSTALLED) | $(UV)
 	$(UV) pip install --python $(VENV)/bin/python --editable '.[test,lint]'
+	@touch $@
+
+# TRL wants a transformers that the package excludes, and so lives apart; the versions are those it was tested with. Made
+# anew whenever this file changes, for the versions are in it: from uv's cache that takes seconds.
+$(TRL_INSTALLED): Makefile | $(UV)
+	@$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "TRL 1.16 needs Python 3.11 or newer, and $(VENV) has an older one: make it anew," \
+	         "as in 'make clean' and 'make test-trl PYTHON=python3.11'." >&2; exit 1; }
+	$(UV) venv --clear --python $(VENV)/bin/python $(TRL_VENV)
+	$(UV) pip install --python $(TRL_VENV)/bin/python \
+	    'trl==1.16.*' 'transformers==5.24.0' 'accelerate==1.15.0' 'datasets==5.2.0' 'torch==2.7.0'
 	@touch $@
