@@ -154,6 +154,7 @@ def train(
     adapter: bool = False,
     model: Optional[DPO] = None,
     bema: Optional[dict[str, Any]] = None,
+    pairs: Optional[Sequence[Pair]] = None,
     batch_size: int = GLOBAL_BATCH,
     load_path: Optional[str] = None,
     save_folder: Optional[Path] = None,
@@ -161,7 +162,10 @@ def train(
     evaluate: bool = False,
     optimizer: Optional[torch.optim.Optimizer] = None,
 ) -> dict[str, Any]:
-    """Trains on the pairs of :func:`make_pairs` in their order; returns what came of it, the same on every rank."""
+    """Trains on pairs in their order, those of :func:`make_pairs` if none are given; returns what came of it.
+
+    All ranks return the same.
+    """
     layout = TOPOLOGIES[topology]
     version = '2' if layout.wrapper == 'fsdp2' else '1'
     with mock.patch.dict(os.environ, FSDP_VERSION=version), fsdp1_on_a_cpu():
@@ -170,7 +174,7 @@ def train(
             model = DPO(with_adapter(policy) if adapter else policy)
         algorithm = BEMA(**(BEMA_SETTINGS if bema is None else bema))
         losses, references = Losses(), References()
-        loader = make_loader(make_pairs(), batch_size)
+        loader = make_loader(pairs or make_pairs(), batch_size)
         held_out = Evaluator(label='held_out', dataloader=make_loader(make_pairs(8, seed=8)))
         trainer = Trainer(
             model=model,

@@ -1,7 +1,7 @@
 # Copyright 2026 composer_bema authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The plain DPO of `reference.py` is that of TRL's trainer with its BEMA callback: losses and weights."""
+"""The plain DPO of `reference.py`, and ours, are that of TRL's trainer with its BEMA callback: losses and weights."""
 
 import json
 import random
@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from composer_bema.preference import DPO
 from tests.preference.peers import NO_TRL, run_trl, smoothed_sigmoid, trl_python
 from tests.preference.reference import Pair, train_dpo
+from tests.preference.runs import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(trl_python() is None, reason=NO_TRL)]
 
@@ -108,6 +110,24 @@ def run_both(
 @pytest.mark.parametrize('loss', LOSSES)
 def test_the_plain_run_is_that_of_trl(tmp_path: Path, family: str, loss: str):
     run_both(tmp_path, family, *LOSSES[loss], BEMA)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('loss', LOSSES)
+def test_a_run_of_composers_trainer_is_that_of_trl(tmp_path: Path, family: str, loss: str):
+    plain, in_trl = LOSSES[loss]
+    model, pairs = make_model(family), make_pairs(STEPS * BATCH_SIZE)
+    common = {'batch_size': BATCH_SIZE, 'steps': STEPS, 'learning_rate': 1e-3, 'beta': 0.3, 'bema': BEMA}
+    losses, reference = run_trl(tmp_path, {**write_inputs(tmp_path, model, pairs), **common, **in_trl})
+    ours = train(
+        STEPS,
+        model=DPO(model, beta=0.3, **plain),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0),
+        bema={'update_freq': '1ba', 'update_ref_model': True, 'ref_model_update_freq': '3ba'},
+        pairs=pairs,
+    )
+    assert ours['losses'] == pytest.approx(losses, rel=0, abs=TOLERANCE)
+    assert_same({n.removeprefix('reference_model.'): t for n, t in ours['reference'].items()}, reference)
 
 
 @pytest.mark.parametrize('bema', [LATE, None], ids=['late', 'fixed'])
