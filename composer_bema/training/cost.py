@@ -14,7 +14,7 @@ from composer_bema.training.tokenizers import build_tokenizer
 __all__ = ['architecture_of_run', 'sequence_length_of_run', 'tokens_of_run']
 
 # Their rows have no fixed length.
-PADDED_LOADERS = ('finetuning',)
+PADDED_LOADERS = ('finetuning', 'preference', 'toy_preferences')
 
 
 def architecture_of_run(config: TrainConfig) -> Architecture:

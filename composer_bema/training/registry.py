@@ -31,6 +31,8 @@ REGISTRY: dict[str, dict[str, str]] = {
         'text_files': 'composer_bema.training.data.text_files:build_text_files',
         'text': 'composer_bema.training.data.streaming:build_streaming_text',
         'finetuning': 'composer_bema.training.data.finetuning:build_finetuning',
+        'preference': 'composer_bema.training.data.preference:build_preference',
+        'toy_preferences': 'composer_bema.training.data.toy_preferences:build_toy_preferences',
     },
     'optimizer': {
         'decoupled_adamw': 'composer.optim:DecoupledAdamW',

@@ -62,6 +62,7 @@ def test_models_that_cannot_be_counted(configured, override, error, sentence):
         (['max_duration=1000tok'], 1000),
         (['max_duration=1000tok', 'train_loader.name=finetuning'], 1000),
         (['max_duration=6ba', 'train_loader.name=finetuning'], None),
+        (['max_duration=6ba', 'train_loader.name=preference'], None),
         (['max_duration=2ep'], None),
         (['max_duration=2'], None),
         (['max_duration=60sec'], None),

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ['Span', 'assistant_spans', 'tokenize_chat']
+__all__ = ['Span', 'assistant_spans', 'check_messages', 'render_reply', 'tokenize_chat', 'tokenize_reply']
 
 Span = tuple[int, int]
 
@@ -72,6 +72,52 @@ def assistant_spans(
             )
         spans.append((len(prompt), len(until)))
     return text, spans
+
+
+def render_reply(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Mapping[str, Any]],
+    reply: Sequence[Mapping[str, Any]],
+) -> tuple[str, str]:
+    """The rendered prompt, up to where the assistant begins, and what the messages of a reply add behind it.
+
+    Raises:
+        ValueError: There is no chat template, or the conversation does not begin with the rendered prompt.
+    """
+    before = _render(tokenizer, prompt, add_generation_prompt=True)
+    text = _render(tokenizer, [*prompt, *reply])
+    if not text.startswith(before):
+        raise ValueError(
+            'the chat template renders the prompt differently with and without the reply behind it, so their tokens '
+            'cannot be told apart; use a template whose conversations begin with what asks for the reply.',
+        )
+    return before, text[len(before) :]
+
+
+def tokenize_reply(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str) -> tuple[list[int], int]:
+    """Tokenize a prompt and its reply as one text, without special tokens.
+
+    Returns:
+        The tokens, and how many of them are the prompt's.
+
+    Raises:
+        ValueError: The tokenizer does not say which characters a token covers, and joins some across the boundary.
+    """
+    text = prompt + reply
+    tokens, spans = _tokenize_spans(tokenizer, text, [(len(prompt), len(text))])
+    return tokens, spans[0][0] if spans else len(tokens)
+
+
+def check_messages(messages: Any) -> None:
+    """Raise a ValueError for what templates would render as if it were a conversation (``None`` for no text, ...)."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'a conversation must be a list of messages, not {messages!r:.80}')
+    for index, message in enumerate(messages):
+        values = message if isinstance(message, Mapping) else {}
+        # A turn that only calls tools has no text.
+        has_content = isinstance(values.get('content'), str) or values.get('tool_calls')
+        if not isinstance(values.get('role'), str) or not has_content:
+            raise ValueError(f'message {index} must have a text as its role and one as its content')
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:

@@ -6,7 +6,6 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 import datasets
@@ -18,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_bema.training.config import ConfigError
 from composer_bema.training.data.blocks import Part, select_part
-from composer_bema.training.data.chat import Span, tokenize_chat
+from composer_bema.training.data.chat import Span, check_messages, tokenize_chat
+from composer_bema.training.data.hf_rows import load_rows
 from composer_bema.training.data.loaders import IGNORED_LABEL, DataSource, pad_batch, padding_token
 from composer_bema.training.data.packing import PackedRows, best_fit, collate_packed
-from composer_bema.training.data.text_files import read_rows
 
 __all__ = ['build_finetuning', 'target_mask']
 
@@ -74,7 +73,7 @@ def build_finetuning(
             raise ConfigError(f'{name} must be one of {", ".join(known)}, not {value!r}.')
     # One rank of each node tokenizes and the others read its cache.
     with dist.run_local_rank_zero_first():
-        rows = _load(hf_name, split, hf_kwargs or {})
+        rows = load_rows(hf_name, split, hf_kwargs or {}, [MESSAGES])
         rows = rows.select(select_part(len(rows), part, train_fraction, split_seed))
         encode = functools.partial(
             _encode,
@@ -109,30 +108,6 @@ class Conversations(Dataset):
         return {'input_ids': tokens, 'labels': tokens.where(torch.tensor(row['target']), IGNORED_LABEL)}
 
 
-def _load(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datasets.Dataset:
-    try:
-        rows = datasets.load_dataset(hf_name, split=split, **hf_kwargs)
-    except Exception as error:
-        # datasets raises whatever its many readers raise; all of it means that there is nothing to train on.
-        _find_broken_line(hf_kwargs.get('data_files'))
-        # Where it says no more than that it failed, what it failed on is in the cause.
-        reason = str(error.__cause__ or error).split('\n', maxsplit=1)[0] or 'nothing is there'
-        raise ConfigError(f"hf_name: cannot load split '{split}' of '{hf_name}' ({reason})") from error
-    assert isinstance(rows, datasets.Dataset)
-    if MESSAGES not in rows.column_names:
-        raise ConfigError(f"hf_name: '{hf_name}' has no '{MESSAGES}' column, only {', '.join(rows.column_names)}.")
-    return rows
-
-
-def _find_broken_line(data_files: Any) -> None:
-    """Raise a ConfigError for the first line that is not JSON; datasets names neither the file nor its line."""
-    names = [data_files] if isinstance(data_files, str) else data_files if isinstance(data_files, list) else []
-    for path in map(Path, names):
-        if path.suffix == '.jsonl' and path.is_file():
-            for _ in read_rows(path):
-                pass
-
-
 def _encode(
     row: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -141,7 +116,7 @@ def _encode(
     target_prompts: str,
 ) -> dict[str, Any]:
     try:
-        _check_messages(row[MESSAGES])
+        check_messages(row[MESSAGES])
         tokens, turns = tokenize_chat(tokenizer, row[MESSAGES])
     except (ValueError, KeyError, TypeError, jinja2.TemplateError) as error:
         raise ConfigError(
@@ -149,18 +124,6 @@ def _encode(
         ) from error
     target = target_mask(len(tokens), turns, target_responses, target_prompts)
     return {'input_ids': tokens[:max_seq_len], 'target': target[:max_seq_len], 'length': len(tokens)}
-
-
-def _check_messages(messages: Any) -> None:
-    """Raise a ValueError for what templates would render as if it were a conversation (``None`` for no text, ...)."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'a conversation must be a list of messages, not {messages!r:.80}')
-    for index, message in enumerate(messages):
-        values = message if isinstance(message, Mapping) else {}
-        # A turn that only calls tools has no text.
-        has_content = isinstance(values.get('content'), str) or values.get('tool_calls')
-        if not isinstance(values.get('role'), str) or not has_content:
-            raise ValueError(f'message {index} must have a text as its role and one as its content')
 
 
 def target_mask(length: int, turns: Sequence[Span], target_responses: str, target_prompts: str) -> list[bool]:

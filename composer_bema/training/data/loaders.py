@@ -21,6 +21,15 @@ IGNORED_LABEL = -100
 Sample = Mapping[str, torch.Tensor]
 
 
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Tokens of a batch without padding (Composer's clock), and those that the loss is a mean over."""
+    # Packed batches carry no attention mask, but say which document each token belongs to, -1 for padding.
+    is_token = batch['sequence_id'] >= 0 if 'sequence_id' in batch else batch['attention_mask']
+    # The first label of a row has no token before it to be predicted from.
+    is_target = batch['labels'][:, 1:] != IGNORED_LABEL
+    return {'total': int(is_token.sum()), 'loss_generating': int(is_target.sum())}
+
+
 class DataSource(NamedTuple):
     """What the builder of a loader returns."""
 
@@ -30,6 +39,8 @@ class DataSource(NamedTuple):
     shuffle: bool
     """Whether to visit a map-style dataset in a new order each epoch; a streaming one sees to that itself."""
     shuffle_seed: int
+    count_tokens: Callable[[Mapping[str, torch.Tensor]], dict[str, int]] = count_tokens
+    """What Composer's clock counts in a batch, ``total``, and what its loss is a mean over, ``loss_generating``."""
 
 
 def build_data_spec(
@@ -73,7 +84,7 @@ def build_data_spec(
         raise ValueError(
             f'drop_last drops the only batch: the data set holds fewer than {batch_size} samples for each device.',
         )
-    return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=count_tokens)
+    return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=source.count_tokens)
 
 
 def split_batch(batch: Mapping[str, torch.Tensor], size: int | float) -> list[dict[str, torch.Tensor]]:
@@ -100,12 +111,3 @@ def pad_batch(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Sample]]
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: padding is masked and no target, so that any serves where the tokenizer has none."""
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
-
-
-def count_tokens(batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Tokens of a batch without padding (Composer's clock), and those that the loss is a mean over."""
-    # Packed batches carry no attention mask, but say which document each token belongs to, -1 for padding.
-    is_token = batch['sequence_id'] >= 0 if 'sequence_id' in batch else batch['attention_mask']
-    # The first label of a row has no token before it to be predicted from.
-    is_target = batch['labels'][:, 1:] != IGNORED_LABEL
-    return {'total': int(is_token.sum()), 'loss_generating': int(is_target.sum())}
