@@ -120,6 +120,7 @@ class DPO(HuggingFaceModel):
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns fp32 tensors of shape (pairs,): what the metrics are means of, and the loss."""
+        _check_shape(batch['input_ids'])
         inputs = {name: batch[name].flatten(0, 1) for name in ('input_ids', 'attention_mask')}
         labels = batch['labels'].flatten(0, 1)
         mask = completion_mask(labels)
@@ -202,6 +203,14 @@ def _check_settings(beta: float, loss_type: str, label_smoothing: float) -> None
         raise ValueError(f'label_smoothing must be in [0, 0.5), but is {label_smoothing!r}.')
     if label_smoothing and loss_type == 'ipo':
         raise ValueError("label_smoothing has no meaning for loss_type='ipo': leave it out.")
+
+
+def _check_shape(input_ids: torch.Tensor) -> None:
+    if input_ids.dim() != 3 or input_ids.shape[1] != 2:
+        raise ValueError(
+            f'A batch for DPO has the shape (pairs, 2, tokens), but this one has {tuple(input_ids.shape)}: train on '
+            'preference pairs, in a YAML with the loader `preference`.',
+        )
 
 
 def _start_reference_from_policy(model: DPO, state: dict[str, Any], prefix: str, *_: Any) -> None:

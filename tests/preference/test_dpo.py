@@ -172,6 +172,12 @@ def test_a_resumed_run_is_bit_exact(adapter: bool, tmp_path: Path):
     assert other['losses'] != resumed['losses']
 
 
+def test_a_batch_of_single_sequences_is_refused():
+    batch = {name: tensor[:, 0] for name, tensor in collate(make_pairs(3)).items()}
+    with pytest.raises(ValueError, match=r'\(pairs, 2, tokens\), but this one has \(3, \d+\)'):
+        DPO(make_policy())(batch)
+
+
 def test_weights_without_a_reference_start_one():
     model, other = DPO(make_policy()), make_policy(seed=11)
     model.load_state_dict({f'model.{n}': t for n, t in other.state_dict().items()})
