@@ -25,6 +25,11 @@ class Pair(NamedTuple):
     chosen: Any
     rejected: Any
 
+    @property
+    def has_blank_side(self) -> bool:
+        """Whether a completion says nothing, though its end could be learned."""
+        return _is_blank(self.chosen) or _is_blank(self.rejected)
+
 
 class Completion(NamedTuple):
     """A prompt with one of its two completions."""
@@ -55,6 +60,12 @@ def split_pair(row: Mapping[str, Any]) -> Pair:
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _split_chats(prompt, chosen, rejected)
     raise ValueError(f'{CHOSEN} and {REJECTED} must be two texts or two lists of messages')
+
+
+def _is_blank(completion: Union[str, Messages]) -> bool:
+    if isinstance(completion, str):
+        return not completion.strip()
+    return not any((message.get('content') or '').strip() or message.get('tool_calls') for message in completion)
 
 
 def _message(role: str, content: str) -> Mapping[str, Any]:

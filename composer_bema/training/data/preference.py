@@ -205,7 +205,7 @@ def _encode(
         'chosen_start': chosen.start,
         'rejected': rejected.tokens,
         'rejected_start': rejected.start,
-        'is_empty': not (chosen.has_target and rejected.has_target),
+        'is_empty': pair.has_blank_side or not (chosen.has_target and rejected.has_target),
         'is_equal': pair.chosen == pair.rejected or chosen.tokens == rejected.tokens,
         'cut_prompt': any(after.start < before.start for before, after in zip(whole, kept, strict=True)),
         'cut_completion': any(

@@ -234,6 +234,9 @@ def test_half_of_the_row_is_the_prompts_by_default(make):
         {'chosen': [user('q'), assistant('y')], 'rejected': [user('q'), assistant('y')]},
         {'chosen': [user('q'), assistant('y')], 'rejected': [user('q')]},
         {'chosen': '', 'rejected': 'y'},
+        # Its end is a token, but nothing was said.
+        {'prompt': 'q', 'chosen': ' \n', 'rejected': 'y'},
+        {'chosen': [user('q'), assistant('')], 'rejected': [user('q'), assistant('y')]},
     ],
 )
 def test_nothing_left(make, row):
