@@ -38,6 +38,8 @@ def add_reference_adapter(model: Any) -> dict[str, str]:
     policy_adapter = model.active_adapter
     config = copy.deepcopy(model.peft_config[policy_adapter])
     config.inference_mode = True
+    # Its values are copied: some initialisations (PiSSA, OLoRA) would take them out of the base, a second time.
+    config.init_lora_weights = True
     # Before PEFT freezes all that is no adapter.
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.add_adapter(ADAPTER, config)

@@ -46,6 +46,16 @@ def test_the_reference_sees_its_own_adapter_without_dropout_and_leaves_the_polic
     assert not torch.equal(model.model(inputs).logits, before)
 
 
+def test_an_initialisation_from_the_base_leaves_the_policy_as_it_was():
+    policy = with_adapter(make_policy(), init_lora_weights='olora')
+    inputs = collate(make_pairs(2))['input_ids'].flatten(0, 1)
+    before = policy(inputs).logits
+    model = DPO(policy)
+    assert torch.equal(policy(inputs).logits, before)
+    with reference_adapter(model.model) as reference:
+        assert torch.equal(reference(inputs).logits, before)
+
+
 def test_an_error_in_the_reference_leaves_the_policy_active():
     model = DPO(with_adapter(make_policy()))
     with pytest.raises(RuntimeError, match='inside'), reference_adapter(model.model):
