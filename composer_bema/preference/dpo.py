@@ -136,7 +136,7 @@ class DPO(HuggingFaceModel):
         tokens = mask.sum(dim=1).view(-1, 2)
         return {
             **self._losses_and_rewards(log_probs, log_probs - reference_log_probs, tokens),
-            'divergence': divergence.view(-1, 2).sum(dim=1) / tokens.sum(dim=1),
+            'divergence': divergence.view(-1, 2).sum(dim=1) / tokens.sum(dim=1).clamp(min=1),
             'tokens': tokens.sum(dim=1),
         }
 
@@ -177,7 +177,7 @@ class DPO(HuggingFaceModel):
         self, log_probs: torch.Tensor, log_ratios: torch.Tensor, tokens: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Returns what is known of each pair; the arguments have the shape (pairs, 2)."""
-        compared = log_ratios / tokens if self.loss_type == 'ipo' else log_ratios
+        compared = log_ratios / tokens.clamp(min=1) if self.loss_type == 'ipo' else log_ratios
         losses = preference_losses(
             *compared.unbind(dim=1), beta=self.beta, loss_type=self.loss_type, label_smoothing=self.label_smoothing
         )
