@@ -94,12 +94,12 @@ def copy_to_reference(model: torch.nn.Module, names: Mapping[str, str], weights:
         ValueError: If ranks hold other parts of the reference than of the policy. Nothing is changed then.
     """
     tensors, shards = named_tensors(model), parameter_shards(model)
-    copied = {names[n]: value for n, value in weights.items() if n in names}
-    for n, reference in ((n, names[n]) for n in weights if n in names):
+    copied = [(n, names[n]) for n in weights if n in names]
+    for n, reference in copied:
         if shards.get(n) != shards.get(reference) or weights[n].shape != local_tensor(tensors[reference]).shape:
             raise ValueError(
                 f"This rank holds other parts of '{reference}' than of '{n}', so that the reference cannot follow the "
                 'policy: FSDP1 cuts adapters that way, so use FSDP2 (the environment variable FSDP_VERSION=2) or DDP.',
             )
-    for n, value in copied.items():
-        local_tensor(tensors[n]).copy_(value)
+    for n, reference in copied:
+        local_tensor(tensors[reference]).copy_(weights[n])
