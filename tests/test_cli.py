@@ -15,7 +15,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from composer_bema.cli import RULE_HELP, main
+from composer_bema.cli import main
+from composer_bema.cli.averages import RULE_HELP
 from composer_bema.flops import Architecture
 from composer_bema.offline.settings import RULES, settings_of
 from tests.training.tiny import tiny_settings, write_yaml
