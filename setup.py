@@ -41,9 +41,13 @@ INSTALL_REQUIRES = [
 
 PEFT = ['peft>=0.10,<0.17']
 
+# scikit-learn has the digits of the image study.
+EVAL = ['lm-eval>=0.4.13,<0.5', 'scikit-learn>=1.4,<2']
+
 EXTRAS_REQUIRE = {
+    'eval': EVAL,
     'peft': PEFT,
-    'test': [*PEFT, 'pytest>=9,<10', 'hypothesis>=6.100,<7'],
+    'test': [*PEFT, *EVAL, 'pytest>=9,<10', 'hypothesis>=6.100,<7'],
     # Exact, so that a new release of a linter fails nobody's build. `pyright[nodejs]` takes node from a wheel: plain
     # `pyright` downloads it at its first run, from a host that a machine with only a package index cannot reach.
     'lint': ['ruff==0.17.6', 'pyright[nodejs]==1.1.414', 'pre-commit>=4,<5'],

@@ -25,7 +25,7 @@ FLOORS = (
     {'functional', 'formats'},
     {'algorithms', 'offline', 'plots'},
     {'lr_schedulers', 'preference'},
-    {'training'},
+    {'evaluation', 'training'},
     {'cli'},
     {'__main__'},
 )

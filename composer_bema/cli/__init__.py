@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from composer_bema.cli.evaluation import evaluate
 from composer_bema.cli.flops import flops
 from composer_bema.cli.offline import export, stabilize, sweep, weights
 from composer_bema.cli.training import convert, cooldown, train
@@ -45,5 +46,5 @@ def main(traceback: bool) -> None:
     del traceback  # read by OneSentence
 
 
-for _command in (train, cooldown, convert, export, stabilize, sweep, weights, flops):
+for _command in (train, cooldown, convert, export, stabilize, sweep, weights, evaluate, flops):
     main.add_command(_command)

@@ -28,5 +28,5 @@ def show_log(level: str | None, is_first_rank: bool = True) -> None:
     if level:
         logging.getLogger('composer_bema').setLevel(level.upper())
     elif is_first_rank:
-        for room in ('offline', 'training'):
+        for room in ('evaluation', 'offline', 'training'):
             logging.getLogger(f'composer_bema.{room}').setLevel(logging.INFO)

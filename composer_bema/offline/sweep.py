@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -19,7 +19,7 @@ from composer_bema.offline.plan import Average
 from composer_bema.offline.settings import Setting
 from composer_bema.offline.trajectory import Trajectory
 
-__all__ = ['Evaluate', 'Result', 'best_results', 'evaluate_averages', 'expand_grid', 'folder_name']
+__all__ = ['Evaluate', 'Result', 'averaged_weights', 'best_results', 'evaluate_averages', 'expand_grid', 'folder_name']
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,26 @@ def evaluate_averages(
     Raises:
         ValueError: If a checkpoint is damaged, or they do not fit together.
     """
+    results = []
+    for average, weights in averaged_weights(trajectory, averages, dtype=dtype, show_progress=show_progress):
+        losses = evaluate(weights)
+        described = ', '.join(f'{label} {loss:.4f}' for label, loss in losses.items())
+        log.info('%s at step %d: %s', average.setting, average.step, described)
+        results.append(Result(average, losses))
+    return results
+
+
+def averaged_weights(
+    trajectory: Trajectory,
+    averages: Sequence[Average],
+    *,
+    dtype: Optional[torch.dtype] = None,
+    show_progress: bool = False,
+) -> Iterator[tuple[Average, Mapping[str, torch.Tensor]]]:
+    """Computes averages in one reading, all of them in memory, and yields each with its weights, which it then forgets.
+
+    The arguments and errors are those of :func:`evaluate_averages`.
+    """
     reading = trajectory.open(averages)
     threads = torch.get_num_threads()
     specs = [reading.specs(average, dtype) for average in averages]
@@ -103,13 +123,8 @@ def evaluate_averages(
     )
     memories = [MemoryWriter(tensors) for tensors in specs]
     reading.compute(memories, threads, show_progress)
-    results = []
-    for average, memory in zip(averages, memories, strict=True):
-        losses = evaluate(memory.weights)
-        described = ', '.join(f'{label} {loss:.4f}' for label, loss in losses.items())
-        log.info('%s at step %d: %s', average.setting, average.step, described)
-        results.append(Result(average, losses))
-    return results
+    for average in averages:
+        yield average, memories.pop(0).weights
 
 
 def best_results(results: Sequence[Result]) -> dict[tuple[str, str], Result]:

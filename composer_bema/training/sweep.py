@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from composer.core import Precision
-from composer.models import HuggingFaceModel
 from composer.trainer import Trainer
 from composer.utils import dist
 from tabulate import tabulate
 
-from composer_bema.averaging.parameters import first_names
-from composer_bema.formats.huggingface import PREFIX, new_folder
+from composer_bema.formats.huggingface import new_folder
 from composer_bema.formats.tensors import dtype_named
+from composer_bema.offline.loading import load_weights
 from composer_bema.offline.plan import Average
 from composer_bema.offline.settings import Setting
 from composer_bema.offline.stabilize import write_averages
@@ -211,7 +210,7 @@ def _evaluator(config: EvaluateConfig) -> Iterator[Evaluate]:
     )
 
     def evaluate(weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        _load(model, weights)
+        load_weights(model, weights, 'the model that evaluate.model names')
         trainer.eval()
         metrics = trainer.state.eval_metrics
         return {evaluator.label: float(metrics[evaluator.label][LOSS_METRIC].compute()) for evaluator in evaluators}
@@ -220,25 +219,6 @@ def _evaluator(config: EvaluateConfig) -> Iterator[Evaluate]:
         yield evaluate
     finally:
         trainer.close()
-
-
-def _load(model: HuggingFaceModel, weights: Mapping[str, torch.Tensor]) -> None:
-    """Puts weights of a checkpoint, of Composer's or in a Hugging Face folder, into a model."""
-    state, first = model.state_dict(), first_names(model)
-    named = {PREFIX + n if n not in state and PREFIX + n in state else n: tensor for n, tensor in weights.items()}
-    # A Hugging Face folder has a tied parameter once.
-    missing = next((name for name in state if name not in named and first.get(name, name) not in named), None)
-    unexpected = next((name for name in named if name not in state), None)
-    if missing or unexpected:
-        what = f"lack the tensor '{missing}'" if missing else f"have a tensor '{unexpected}' more"
-        raise ValueError(f'The checkpoints are of another model than evaluate.model names: they {what}.')
-    for name, tensor in named.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(
-                f"The tensor '{name}' has the shape {tuple(tensor.shape)} in the checkpoints, but "
-                f'{tuple(state[name].shape)} in the model that evaluate.model names.'
-            )
-    model.load_state_dict(named, strict=False)
 
 
 def _report(results: Sequence[Result], folder: Path, out: Path) -> str:

@@ -1,0 +1,211 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Models on questions, through the lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Optional, Union, get_args
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_bema.evaluation.measurements import Measurement, mean_over
+from composer_bema.evaluation.tasks import SYSTEM_PROMPT, Protocol, task_configs
+
+__all__ = ['Backend', 'Generation', 'Questions', 'require_harness']
+
+log = logging.getLogger(__name__)
+
+Backend = Literal['hf', 'vllm']
+
+# What the harness calls a metric in its samples, and what it is called here.
+_METRICS = {'acc': 'accuracy', 'no_answer': 'no answer'}
+
+
+class Generation(NamedTuple):
+    """What a model has answered to one question: its texts, and the part of them that is right."""
+
+    task: str
+    question: int
+    prompt: str
+    target: str
+    answers: list[str]
+    accuracy: float
+
+
+class Questions:
+    """Tasks whose questions have been read, and can be asked of any number of models.
+
+    Args:
+        tasks (Sequence[str]): Keys of `QUESTION_TASKS`.
+        protocol (Protocol): How they are asked.
+        tokenizer (PreTrainedTokenizerBase): The models'.
+        chat (bool, optional): Whether prompts go through its chat template. Default: if it has one.
+        files (Mapping[str, str | Path]): JSONL files with the questions of tasks. Default: the hub's.
+        backend (str): ``'hf'`` generates in this process; ``'vllm'`` reads each model from a temporary folder.
+        batch_size (int): Sequences that the former generates at a time. Default: ``16``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If the harness, or the backend, is not installed.
+        ValueError: If a task or setting is unknown, or questions cannot be read.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        protocol: Protocol,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat: Optional[bool] = None,
+        files: Optional[Mapping[str, Union[str, Path]]] = None,
+        backend: Backend = 'hf',
+        batch_size: int = 16,
+    ) -> None:
+        require_harness()
+        from lm_eval.tasks import TaskManager
+
+        if backend not in get_args(Backend):
+            raise ValueError(f'backend must be one of {", ".join(get_args(Backend))}, not {backend!r}.')
+        has_template = tokenizer.chat_template is not None
+        if chat and not has_template:
+            raise ValueError('The tokenizer has no chat template: leave out --chat-template.')
+        self._chat = has_template if chat is None else chat
+        self._protocol = protocol
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._batch_size = batch_size
+        # It would look through the thousands of files that its own tasks have.
+        self._manager = TaskManager(include_defaults=False)
+        self._sets = {
+            task: self._manager.load(list(task_configs(task, protocol, chat=self._chat, file=file).values()))['tasks']
+            for task, file in ((task, (files or {}).get(task)) for task in tasks)
+        }
+
+    def ask(self, model: PreTrainedModel) -> tuple[list[Measurement], list[Generation]]:
+        """Returns the accuracies of a model, and what it has generated.
+
+        Every model gets the same random numbers. Accuracies are means over questions, each of which counts as the part
+        of its answers that are right.
+
+        Raises:
+            ValueError: If the longest answer leaves no room for a question in the model's context.
+        """
+        from lm_eval import evaluator
+
+        # Its decorator hides its arguments from type checkers.
+        simple_evaluate: Any = evaluator.simple_evaluate
+        measurements, generations = [], []
+        with self._language_model(model) as lm:
+            self._require_room(lm)
+            for task, sets in self._sets.items():
+                with _quiet():
+                    results = simple_evaluate(
+                        model=lm,
+                        tasks=[*sets.values()],
+                        task_manager=self._manager,
+                        apply_chat_template=self._chat,
+                        system_instruction=SYSTEM_PROMPT if self._chat else None,
+                        fewshot_as_multiturn=self._chat,
+                        torch_random_seed=self._protocol.seed,
+                        bootstrap_iters=0,
+                    )
+                samples = results['samples']
+                self._warn_of_cut_questions(task, samples, lm.max_length)
+                measurements += _accuracies(task, samples)
+                generations += [_generation(name, sample) for name, rows in samples.items() for sample in rows]
+        return measurements, generations
+
+    def _warn_of_cut_questions(self, task: str, samples: Mapping[str, Sequence[Any]], max_length: int) -> None:
+        cut, asked = 0, 0
+        for name, rows in samples.items():
+            room = max_length - _max_new_tokens(self._sets[task][name])
+            prompts = [row['arguments'][0][0] for row in rows]
+            cut += sum(len(ids) > room for ids in self._tokenizer(prompts)['input_ids'])
+            asked += len(rows)
+        if cut:
+            log.warning(
+                '%d of the %d questions of %s do not fit into the %d tokens of the context, and lost their beginning.',
+                cut,
+                asked,
+                task,
+                max_length,
+            )
+
+    @contextlib.contextmanager
+    def _language_model(self, model: PreTrainedModel) -> Iterator[Any]:
+        """Holds a model as the harness wants it."""
+        from lm_eval.api.registry import get_model
+
+        model_class: Any = get_model(self._backend)
+        if self._backend == 'hf':
+            model.eval()
+            yield model_class(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            self._tokenizer.save_pretrained(folder)
+            dtype = str(model.dtype).removeprefix('torch.')
+            yield model_class(pretrained=folder, dtype=dtype, batch_size='auto')
+
+    def _require_room(self, lm: Any) -> None:
+        longest = max(_max_new_tokens(task) for sets in self._sets.values() for task in sets.values())
+        if longest >= lm.max_length:
+            raise ValueError(
+                f'An answer may have {longest} tokens, but the context of the model only {lm.max_length}: take '
+                'log-likelihood, or loss.'
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the harness from saying for each question what is said once here, or does not concern a model in memory."""
+    logger = logging.getLogger('lm_eval')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def require_harness() -> None:
+    """Checks that the lm-evaluation-harness is installed.
+
+    Raises:
+        ImportError: If it is not.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Questions are asked through the lm-evaluation-harness: pip install 'composer_bema[eval]'."
+        ) from error
+
+
+def _max_new_tokens(task: Any) -> int:
+    return (task.config.generation_kwargs or {}).get('max_gen_toks', 0)
+
+
+def _accuracies(task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Measurement]:
+    """Returns the means over the questions of a task, and over those of each of its sets where it has several."""
+    every = [sample for rows in samples.values() for sample in rows]
+    groups = {task: every} | (dict(samples) if len(samples) > 1 else {})
+    return [
+        mean_over(name, title, [float(sample[metric]) for sample in rows])
+        for name, rows in groups.items()
+        for metric, title in _METRICS.items()
+        if metric in rows[0]
+    ]
+
+
+def _generation(task: str, sample: Mapping[str, Any]) -> Generation:
+    answers = sample['filtered_resps'][0]
+    # By log-likelihood nothing is generated.
+    texts = answers if isinstance(answers, list) else []
+    return Generation(task, sample['doc_id'], sample['arguments'][0][0], str(sample['target']), texts, sample['acc'])

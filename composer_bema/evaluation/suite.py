@@ -1,0 +1,99 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Tasks, ready to be measured on any number of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_bema.evaluation.harness import Backend, Generation, Questions, require_harness
+from composer_bema.evaluation.loss import LOSS, measure_loss
+from composer_bema.evaluation.measurements import Measurement
+from composer_bema.evaluation.tasks import QUESTION_TASKS, Protocol
+
+__all__ = ['Batches', 'Measure', 'Suite', 'Texts']
+
+Batches = Iterable[Mapping[str, torch.Tensor]]
+# Returns texts in the tokens of a tokenizer, by their names; see `measure_loss`.
+Texts = Callable[[PreTrainedTokenizerBase], Mapping[str, Batches]]
+Measure = Callable[[PreTrainedModel], tuple[list[Measurement], list[Generation]]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks, and how they are done.
+
+    Args:
+        tasks (Sequence[str]): ``'loss'``, and keys of `QUESTION_TASKS`.
+        protocol (Protocol): How questions are asked.
+        texts (Callable, optional): Returns the texts of which ``'loss'`` is measured.
+        files (Mapping[str, str | Path]): JSONL files with the questions of tasks. Default: the hub's.
+        chat (bool, optional): Whether prompts go through a chat template. Default: if the tokenizer has one.
+        backend (str): ``'hf'`` or ``'vllm'``.
+        batch_size (int): Sequences that are generated at a time. Default: ``16``.
+
+    Raises:
+        ImportError: If questions are to be asked and the harness is not installed.
+        ValueError: If a task is unknown, there twice, or lacks its texts, or a file belongs to none.
+    """
+
+    tasks: Sequence[str]
+    protocol: Protocol = field(default_factory=Protocol)
+    texts: Optional[Texts] = None
+    files: Mapping[str, Union[str, Path]] = field(default_factory=dict)
+    chat: Optional[bool] = None
+    backend: Backend = 'hf'
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        known = (LOSS, *QUESTION_TASKS)
+        if not self.tasks:
+            raise ValueError(f'Name a task: {", ".join(known)}.')
+        for task in self.tasks:
+            if task not in known:
+                raise ValueError(f"There is no task '{task}', but {', '.join(known)}.")
+            if self.tasks.count(task) > 1:
+                raise ValueError(f"The task '{task}' is there twice.")
+        other = next((task for task in self.files if task not in self.questions), None)
+        if other is not None:
+            raise ValueError(f"There are questions of '{other}', which is none of the tasks {', '.join(self.tasks)}.")
+        if LOSS in self.tasks and self.texts is None:
+            raise ValueError("The task 'loss' needs texts.")
+        if self.questions:
+            require_harness()
+
+    @property
+    def questions(self) -> list[str]:
+        """The tasks that ask questions."""
+        return [task for task in self.tasks if task != LOSS]
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Measure:
+        """Reads the texts and questions, and returns what measures a model and tells what it has generated."""
+        texts = self.texts(tokenizer) if self.texts is not None and LOSS in self.tasks else {}
+        questions = None
+        if self.questions:
+            questions = Questions(
+                self.questions,
+                self.protocol,
+                tokenizer,
+                chat=self.chat,
+                files=self.files,
+                backend=self.backend,
+                batch_size=self.batch_size,
+            )
+
+        def measure(model: PreTrainedModel) -> tuple[list[Measurement], list[Generation]]:
+            measurements = [
+                m for name, batches in texts.items() for m in measure_loss(f'{LOSS}-{name}', model, batches)
+            ]
+            asked, generations = questions.ask(model) if questions is not None else ([], [])
+            return measurements + asked, generations
+
+        return measure

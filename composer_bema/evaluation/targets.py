@@ -1,0 +1,203 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is evaluated: one model, or averages of a directory of checkpoints, each in the same model in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_bema.formats.composer import AVERAGE, Checkpoint, open_checkpoint
+from composer_bema.formats.pretrained import Pretrained, find_pretrained, is_pretrained
+from composer_bema.formats.tensors import dtype_named
+from composer_bema.offline.checkpoints import Source
+from composer_bema.offline.export import export
+from composer_bema.offline.loading import load_weights
+from composer_bema.offline.plan import Average
+from composer_bema.offline.settings import Setting
+from composer_bema.offline.sweep import averaged_weights
+from composer_bema.offline.trajectory import Trajectory
+
+__all__ = ['Averages', 'OneModel', 'Subject', 'Target', 'open_target']
+
+_ADAPTER_CONFIG = 'adapter_config.json'
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Weights that are evaluated.
+
+    Args:
+        weights (str): What they are, such as ``'bema bias_power=0.4'``.
+        step (int, optional): The optimizer steps that they have seen; None where nothing says it.
+        settings (Mapping[str, Any]): The rule of an average and its settings.
+    """
+
+    weights: str
+    step: Optional[int] = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class OneModel:
+    """A Hugging Face folder, a model on the hub, or a Composer checkpoint.
+
+    Args:
+        target (str): Its path or name.
+        weights (str): Of a Composer checkpoint, see :func:`.export`.
+        average (str, optional): Which average, by its class, where a run had several.
+        dtype (str, optional): What the model is held in. Default: what it is stored in.
+        tokenizer (str, optional): The folder or name of its tokenizer. Default: its own.
+        device (torch.device): Where the model is put.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        weights: str = AVERAGE,
+        average: Optional[str] = None,
+        dtype: Optional[str] = None,
+        tokenizer: Optional[str] = None,
+        device: torch.device,
+    ) -> None:
+        step = None
+        if _is_composer(target):
+            step = open_checkpoint(target).batch
+            self._model, self.tokenizer = _load_exported(target, weights, average, dtype, tokenizer)
+        else:
+            weights = target
+            self._model, self.tokenizer = _load(find_pretrained(target), dtype, tokenizer)
+        self._model.to(device)
+        self._subject = Subject(weights, step)
+
+    def models(self) -> Iterator[tuple[Subject, PreTrainedModel]]:
+        """Yields the model."""
+        yield self._subject, self._model
+
+
+class Averages:
+    """Averages of a directory of checkpoints, in one reading: they are held in memory, and loaded one after another.
+
+    Args:
+        checkpoints (str): The directory.
+        settings (Mapping[str, Setting]): The averages, by what they are called.
+        at (Sequence[int]): The steps at which they are taken. Default: the last update of each.
+        every_update (bool): Whether they are taken at all of their updates.
+        initial_model (str, optional): See :class:`.Trajectory`.
+        weights (str): See :class:`.Trajectory`.
+        dtype (str, optional): What averages are held in. Default: the checkpoints' dtype.
+        tokenizer (str, optional): The folder or name of the tokenizer. Default: the last checkpoint's.
+        device (torch.device): Where the model is put.
+    """
+
+    def __init__(
+        self,
+        checkpoints: str,
+        settings: Mapping[str, Setting],
+        *,
+        at: Sequence[int] = (),
+        every_update: bool = False,
+        initial_model: Optional[str] = None,
+        weights: str,
+        dtype: Optional[str] = None,
+        tokenizer: Optional[str] = None,
+        device: torch.device,
+    ) -> None:
+        self._dtype = dtype_named(dtype, 'dtype')
+        self._trajectory = Trajectory(checkpoints, initial_model=initial_model, weights=weights)
+        self._averages: list[tuple[str, Average]] = []
+        for name, setting in settings.items():
+            steps = _updates(self._trajectory, setting) if every_update else at
+            self._averages += [(name, average) for average in self._trajectory.plan(setting, steps)]
+        last = self._trajectory.open([average for _, average in self._averages]).sources[-1]
+        self._model, self.tokenizer = _load_like(last, weights, dtype, tokenizer)
+        self._model.to(device)
+
+    def models(self) -> Iterator[tuple[Subject, PreTrainedModel]]:
+        """Yields the model with each of the averages in it; the weights before are gone then."""
+        averages = [average for _, average in self._averages]
+        computed = averaged_weights(self._trajectory, averages, dtype=self._dtype, show_progress=True)
+        for (name, average), (_, weights) in zip(self._averages, computed, strict=True):
+            load_weights(self._model, weights)
+            setting = average.setting
+            yield Subject(name, average.step, {'rule': setting.rule, **setting.given}), self._model
+
+
+Target = Union[OneModel, Averages]
+
+
+def open_target(target: str, settings: Mapping[str, Setting], **options: Any) -> Target:
+    """Opens what is to be evaluated.
+
+    Args:
+        target (str): A Hugging Face folder or name, a Composer checkpoint, or with settings a directory of checkpoints.
+        settings (Mapping[str, Setting]): Averages of the latter.
+        options: Those of :class:`OneModel` or :class:`Averages`.
+
+    Raises:
+        FileNotFoundError: If there is no such target.
+        ValueError: If it is of another kind, is damaged, or has no tokenizer.
+    """
+    if settings:
+        return Averages(target, settings, **options)
+    folder = Path(target)
+    if folder.is_dir() and not is_pretrained(folder) and not _is_composer(target):
+        raise ValueError(
+            f"'{target}' is neither a Hugging Face folder nor a checkpoint of Composer; averages of a directory of "
+            'checkpoints need --rule.'
+        )
+    return OneModel(target, **options)
+
+
+def _is_composer(target: str) -> bool:
+    path = Path(target)
+    return path.is_file() or (path.is_dir() and (path / '.metadata').is_file())
+
+
+def _updates(trajectory: Trajectory, setting: Setting) -> list[int]:
+    """Returns the steps of all updates of an average."""
+    freq, start = setting.update_freq or 1, setting.update_after
+    return [step for step in trajectory.steps if step > start and (step - start) % freq == 0]
+
+
+def _load_like(source: Source, weights: str, dtype: Optional[str], tokenizer: Optional[str]) -> Any:
+    if isinstance(source.model, Checkpoint):
+        return _load_exported(str(source.path), weights, None, dtype, tokenizer)
+    if isinstance(source.model, Pretrained):
+        return _load(source.path, dtype, tokenizer)
+    raise ValueError(f"'{source.path}' has weights alone, and does not say of what model: give Hugging Face folders.")
+
+
+def _load_exported(
+    checkpoint: str, weights: str, average: Optional[str], dtype: Optional[str], tokenizer: Optional[str]
+) -> Any:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / 'model'
+        export(checkpoint, folder, weights=weights, average=average)
+        return _load(folder, dtype, tokenizer)
+
+
+def _load(folder: Path, dtype: Optional[str], tokenizer: Optional[str]) -> tuple[Any, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model_class: Any = AutoModelForCausalLM
+    if (folder / _ADAPTER_CONFIG).is_file():
+        try:
+            from peft import AutoPeftModelForCausalLM
+        except ImportError as error:
+            raise ImportError(
+                f"'{folder}' holds an adapter, and peft is not installed: pip install 'composer_bema[peft]'."
+            ) from error
+        model_class = AutoPeftModelForCausalLM
+    model = model_class.from_pretrained(folder, torch_dtype=dtype_named(dtype, 'dtype') or 'auto')
+    try:
+        return model, AutoTokenizer.from_pretrained(tokenizer or folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"There is no tokenizer in '{tokenizer or folder}': name one with --tokenizer.") from error
