@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -110,11 +110,6 @@ class Direction(NamedTuple):
         """The means of the samples."""
         return np.exp(-self.curvature * GRID)
 
-    def covariances(self) -> np.ndarray:
-        """The covariances of the samples, :math:`(e^{-a |t - s|} - e^{-a (t + s)}) sigma^2 / 2a`."""
-        apart, together = np.abs(GRID[:, None] - GRID), GRID[:, None] + GRID
-        return self.settled * (np.exp(-self.curvature * apart) - np.exp(-self.curvature * together))
-
     def sample(self, paths: int, generator: np.random.Generator) -> np.ndarray:
         """Paths, in float64, of the shape (samples, paths); exact, however long the interval is."""
         decay = math.exp(-self.curvature * INTERVAL)
@@ -123,6 +118,13 @@ class Direction(NamedTuple):
         for before, after in itertools.pairwise(thetas):
             after += decay * before
         return thetas
+
+
+@lru_cache(maxsize=len(SEVERAL))
+def covariances(direction: Direction) -> np.ndarray:
+    """The covariances of the samples, :math:`(e^{-a |t - s|} - e^{-a (t + s)}) sigma^2 / 2a`."""
+    apart, together = np.abs(GRID[:, None] - GRID), GRID[:, None] + GRID
+    return direction.settled * (np.exp(-direction.curvature * apart) - np.exp(-direction.curvature * together))
 
 
 class Problem(NamedTuple):
@@ -261,10 +263,9 @@ TUNED = {
 
 def averages_of(problem: Problem) -> dict[str, Average]:
     """All averages, of which the tuned ones have the lowest exact error at the last step."""
-    covariances = [direction.covariances() for direction in problem.directions]
     averages = dict(FIXED)
     for name, settings in TUNED.items():
-        errors = exact_errors(problem, np.stack([last_row(setting) for setting in settings]), covariances)
+        errors = exact_errors(problem, np.stack([last_row(setting) for setting in settings]))
         averages[name] = settings[int(errors.argmin())]
     if problem.curvature is None:
         return averages | {f'BEMA, for a = {a:g}': exact_bema(a) for a in CURVATURES}
@@ -276,12 +277,11 @@ def averages_of(problem: Problem) -> dict[str, Average]:
     }
 
 
-def exact_errors(problem: Problem, rows: np.ndarray, covariances: Optional[Sequence[np.ndarray]] = None) -> np.ndarray:
+def exact_errors(problem: Problem, rows: np.ndarray) -> np.ndarray:
     """The mean squared errors of averages, one for each row of their coefficients."""
-    covariances = covariances or [direction.covariances() for direction in problem.directions]
     errors = np.zeros(len(rows))
-    for direction, weight, covariance in zip(problem.directions, problem.weights, covariances, strict=True):
-        errors += weight * ((rows @ direction.means()) ** 2 + ((rows @ covariance) * rows).sum(axis=1))
+    for direction, weight in zip(problem.directions, problem.weights, strict=True):
+        errors += weight * ((rows @ direction.means()) ** 2 + ((rows @ covariances(direction)) * rows).sum(axis=1))
     return errors
 
 

@@ -4,7 +4,10 @@
 """The theory of the averages: closed forms, exact errors, simulation and likelihood must agree."""
 
 import csv
+import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +31,8 @@ from benchmarks.evidence_theory import (
     several_curvatures,
 )
 from composer_bema.averaging import bema_rule, ema_rule
+
+ROOT = Path(__file__).parents[2]
 
 CASES = [(1e-4, 10.0), (1e-3, 0.1), (1e-2, 0.001)]
 
@@ -103,7 +108,7 @@ def test_paths_have_their_means_and_covariances():
     direction, paths = direction_of(1e-3, 0.5), 20000
     chosen = [1, 10, 100, 1000]
     samples = direction.sample(paths, np.random.default_rng(0))[chosen]
-    means, covariances = direction.means()[chosen], direction.covariances()[np.ix_(chosen, chosen)]
+    means, covariances = direction.means()[chosen], theory.covariances(direction)[np.ix_(chosen, chosen)]
     assert np.abs(samples.mean(axis=1) - means).max() < 4 * math.sqrt(0.5 / paths)
     assert np.abs(np.cov(samples) - covariances).max() < 4 * math.sqrt(2 * 0.5**2 / paths)
     assert samples.dtype == np.float64
@@ -132,18 +137,18 @@ def test_bema_with_exact_weights_maximises_the_likelihood(curvature):
 @pytest.mark.parametrize(('curvature', 'noise'), CASES)
 def test_bema_with_exact_weights_is_the_best_unbiased_combination(curvature, noise):
     direction, row = direction_of(curvature, noise), exact_bema(curvature).rows([STEPS])[0]
-    means, covariances = direction.means(), direction.covariances()
-    # The least variance among the rows that add up to 1 and have no bias, by Lagrange's multipliers.
-    constraints = np.stack([np.ones_like(means), means])
-    system = np.block([[covariances, constraints.T], [constraints, np.zeros((2, 2))]])
-    best = np.linalg.lstsq(system, np.array([*np.zeros_like(means), 1.0, 0.0]), rcond=None)[0][:-2]
-    assert constraints @ row == pytest.approx([1, 0], abs=1e-9)
-    assert row @ covariances @ row == pytest.approx(best @ covariances @ best, rel=1e-6)
+    means, covariances = direction.means(), theory.covariances(direction)
+    assert [row.sum(), row @ means] == pytest.approx([1, 0], abs=1e-9)
+    # The start is known, and its weight follows from the others': with theta_0 - mu = 1 they need c^T (1 - m) = 1, and
+    # the least c^T C c is then 1 / (1 - m)^T C^-1 (1 - m).
+    gap = 1 - means[1:]
+    least = 1 / (gap @ np.linalg.solve(covariances[1:, 1:], gap))
+    assert row @ covariances @ row == pytest.approx(least, rel=1e-6)
     coth = 1 / math.tanh(curvature * INTERVAL / 2)
     expected = direction.sigma**2 * INTERVAL * coth / (2 * curvature * STEPS)
     assert row @ covariances @ row == pytest.approx(expected, rel=1e-9)
     exact_ouema = theory.exact_ouema(curvature).rows([STEPS])
-    assert constraints @ exact_ouema[0] == pytest.approx([1, 0], abs=1e-9)
+    assert [exact_ouema.sum(), exact_ouema[0] @ means] == pytest.approx([1, 0], abs=1e-9)
     assert exact_errors(one_curvature(curvature, noise), exact_ouema)[0] > expected
 
 
@@ -154,7 +159,7 @@ def test_settings_of_the_package_are_exact_where_an_update_is_a_half_life_of_the
     row = Average(rule, update_freq).rows([STEPS])[0]
     assert [row.sum(), row @ direction.means()] == pytest.approx([1, 0], abs=1e-9)
     least = direction.sigma**2 / (direction.curvature**2 * STEPS)
-    assert row @ direction.covariances() @ row / least == pytest.approx(1.5 * math.log(2))
+    assert row @ theory.covariances(direction) @ row / least == pytest.approx(1.5 * math.log(2))
 
 
 @pytest.mark.parametrize('curvature', [1e-4, 1e-3, 1e-2])
@@ -202,3 +207,17 @@ def test_the_command_leaves_its_tables_and_its_picture(tmp_path, monkeypatch):
     (row,) = [r for r in rows if (r['average'], r['step'], r['curvature']) == ('BEMA, exact', '10000', '0.001')]
     assert float(row['exact']) == pytest.approx(0.02, rel=1e-4)
     assert float(row['closed_form']) == pytest.approx(float(row['exact']))
+
+
+def test_the_page_has_the_errors_that_need_no_tuning(monkeypatch):
+    monkeypatch.setattr(theory, 'TUNED', {})
+    results = {}
+    for problem in theory.problems():
+        averages = theory.averages_of(problem)
+        errors = exact_errors(problem, np.stack([theory.last_row(average) for average in averages.values()]))
+        results[problem] = [{'average': n, 'step': STEPS, 'exact': e} for n, e in zip(averages, errors, strict=True)]
+    one = {problem: records for problem, records in results.items() if problem.curvature is not None}
+    tables = [theory.errors_table(results, theory.SHIPPED), theory.errors_table(one, theory.WRONG)]
+    page = ''.join(path.read_text() for path in sorted((ROOT / 'docs').glob('evidence*.md')))
+    for row in itertools.chain.from_iterable(table.splitlines()[2:] for table in tables):
+        assert re.sub(' +', ' ', row) in page
