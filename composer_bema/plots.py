@@ -5,13 +5,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['check_folder', 'plot_curves', 'plot_curves_with_errors', 'plot_heat_map']
+__all__ = ['check_folder', 'plot_curves', 'plot_curves_with_errors', 'plot_heat_map', 'plot_panels']
 
 Curve = Sequence[tuple[float, float]]
 CurveWithErrors = Sequence[tuple[float, float, float]]
@@ -93,6 +93,43 @@ def plot_heat_map(
     _write(figure, path)
 
 
+def plot_panels(
+    panels: Mapping[tuple[str, str], Mapping[str, Curve]],
+    path: str | Path,
+    x_label: str,
+    y_label: str,
+    styles: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Draw a grid of panels with logarithmic axes and one legend below them, and write a PNG.
+
+    Args:
+        panels: Points (x, y) by name, by the titles of the panel's row and column; a NaN breaks a line.
+        path: The PNG file, in a folder that is there; replaced when it is there itself.
+        x_label: What x is.
+        y_label: What y measures; each row of panels has limits of its own.
+        styles: How matplotlib draws each name, the same in all panels; the legend keeps this order.
+    """
+    rows, columns = (list(dict.fromkeys(key[axis] for key in panels)) for axis in (0, 1))
+    figure = _figure(2.8 * len(columns), 2.3 * len(rows) + 1)
+    grid = figure.subplots(len(rows), len(columns), sharex=True, sharey='row', squeeze=False)
+    for (row, column), curves in panels.items():
+        axes = grid[rows.index(row)][columns.index(column)]
+        for name in (name for name in styles if name in curves):
+            axes.loglog([x for x, _ in curves[name]], [y for _, y in curves[name]], label=name, **styles[name])
+        axes.grid(alpha=0.3)
+    for axes, column in zip(grid[0], columns, strict=True):
+        axes.set_title(column, fontsize='medium')
+    for axes in grid[-1]:
+        axes.set_xlabel(x_label)
+    for axes, row in zip(grid[:, 0], rows, strict=True):
+        axes.set_ylabel(row)
+    figure.supylabel(y_label, fontsize='medium')
+    handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    names = [name for name in styles if name in handles]
+    figure.legend([handles[name] for name in names], names, loc='outside lower center', ncols=4, fontsize='small')
+    _write(figure, path, dpi=100)
+
+
 def check_folder(path: str | Path) -> None:
     """Check that there is a folder for a picture.
 
@@ -104,11 +141,11 @@ def check_folder(path: str | Path) -> None:
         raise FileNotFoundError(f"There is no folder '{folder}' for the picture '{path}': make it, or name another.")
 
 
-def _figure() -> 'Figure':
+def _figure(width: float = 7, height: float = 4.5) -> 'Figure':
     # Drawn without pyplot: no window system is touched, and no figure of the caller's is disturbed.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(7, 4.5), layout='constrained')
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def _figure_of_curves(x_label: str, y_label: str) -> 'tuple[Figure, Axes]':
@@ -128,11 +165,11 @@ def _add_legend(axes: 'Axes', curves: int) -> None:
     axes.legend(fontsize='medium' if curves <= _FEW_CURVES else 'xx-small')
 
 
-def _write(figure: 'Figure', path: str | Path) -> None:
+def _write(figure: 'Figure', path: str | Path, dpi: int = 150) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     check_folder(path)
     path = Path(path)
     unfinished = path.with_name(f'.{path.name}')
-    FigureCanvasAgg(figure).print_figure(unfinished, dpi=150, format='png')
+    FigureCanvasAgg(figure).print_figure(unfinished, dpi=dpi, format='png')
     unfinished.replace(path)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from composer_bema.plots import check_folder, plot_curves, plot_curves_with_errors, plot_heat_map
+from composer_bema.plots import check_folder, plot_curves, plot_curves_with_errors, plot_heat_map, plot_panels
 
 
 @pytest.mark.parametrize('curves', [{'ema': [(1, 2.0), (2, 1.5)], 'bema': [(1, 1.9)]}, {'one': []}])
@@ -91,6 +91,32 @@ def test_a_heat_map_has_its_numbers_in_their_cells(tmp_path, monkeypatch):
     assert [label.get_text() for label in axes.get_xticklabels()] == ['0.25', '0.5']
     assert [label.get_text() for label in axes.get_yticklabels()] == ['1', '2']
     assert axes.images[0].origin == 'lower'
+
+
+def test_panels_share_one_legend_in_the_order_of_the_styles(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path, **kwargs: drawn.append(figure))
+    panels = {
+        ('little noise', 'flat'): {'ema': [(1, 10.0), (10, 1.0)], 'bema': [(1, 1.0)]},
+        ('little noise', 'steep'): {'bema': [(1, 0.1), (10, 0.01)]},
+        ('much noise', 'steep'): {'bema': [(1, 100.0), (float('nan'), float('nan')), (10, 200.0)]},
+    }
+    styles = {'bema': {'color': 'red'}, 'ema': {'color': 'blue', 'linestyle': '--'}, 'absent': {}}
+    plot_panels(panels, tmp_path / 'panels.png', 'step', 'error', styles)
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ['bema', 'ema']
+    flat, steep, nothing, noisy = drawn[0].axes
+    assert [flat.get_title(), steep.get_title(), noisy.get_title()] == ['flat', 'steep', '']
+    assert [flat.get_ylabel(), nothing.get_ylabel(), noisy.get_xlabel()] == ['little noise', 'much noise', 'step']
+    assert [(line.get_label(), line.get_color()) for line in flat.get_lines()] == [('bema', 'red'), ('ema', 'blue')]
+    assert (noisy.get_xscale(), noisy.get_yscale()) == ('log', 'log')
+    assert not nothing.get_lines()
+    assert flat.get_ylim() == steep.get_ylim() != noisy.get_ylim()
+
+
+def test_panels_become_a_png(tmp_path):
+    plot_panels({('a', 'b'): {'ema': [(1, 2.0)]}}, tmp_path / 'panels.png', 'x', 'y', {'ema': {}})
+    assert (tmp_path / 'panels.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):

@@ -126,7 +126,8 @@ class Questions:
         for name, rows in samples.items():
             room = max_length - _max_new_tokens(self._sets[task][name])
             prompts = [row['arguments'][0][0] for row in rows]
-            cut += sum(len(ids) > room for ids in self._tokenizer(prompts)['input_ids'])
+            encoded: Any = self._tokenizer(prompts)
+            cut += sum(len(ids) > room for ids in encoded['input_ids'])
             asked += len(rows)
         if cut:
             log.warning(

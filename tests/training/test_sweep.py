@@ -201,7 +201,10 @@ def test_wrong_settings(tmp_path, text, overrides, message):
     ('model', 'message'),
     [
         ({'num_hidden_layers': 1}, r"they have a tensor 'model\.model\.layers\.1\..*' more"),
-        ({'num_hidden_layers': 3}, r"another model than the model that evaluate\.model names: they lack the tensor 'model\.model\."),
+        (
+            {'num_hidden_layers': 3},
+            r"another model than the model that evaluate\.model names: they lack the tensor 'model\.model\.",
+        ),
         ({'intermediate_size': 16}, r"The tensor 'model\.model\.layers\.0\.mlp\..*' has the shape \(12, 8\) in the"),
     ],
 )
