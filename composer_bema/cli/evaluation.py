@@ -15,6 +15,8 @@ from composer_bema.cli.averages import RULE_HELP, average_options, build_setting
 from composer_bema.cli.processes import show_log
 
 if TYPE_CHECKING:
+    import torch
+
     from composer_bema.evaluation.suite import Texts
     from composer_bema.offline.settings import Setting
 
@@ -138,8 +140,6 @@ def evaluate(
     each average is evaluated in memory. Results go to a folder: JSON, a table, pictures over the steps.
     """
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    import torch
-
     from composer_bema.evaluation.evaluate import evaluate as run_evaluation
     from composer_bema.evaluation.loss import LOSS
     from composer_bema.evaluation.suite import Suite
@@ -165,8 +165,7 @@ def evaluate(
     else:
         _refuse_without_rule(at=at, every_update=every_update, initial_model=initial_model, **options)
         chosen |= {'average': average, 'weights': weights or 'average'}
-    place = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    opened = open_target(target, settings, device=place, **chosen)
+    opened = open_target(target, settings, device=_device(device), **chosen)
     click.echo(run_evaluation(opened, suite, out, save_generations=save_generations))
 
 
@@ -186,6 +185,16 @@ def _settings(rules: Sequence[str], options: dict[str, Any]) -> dict[str, Settin
             raise click.UsageError(f"The rule '{name}' is there twice.")
         settings[name] = setting
     return settings
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    device = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"There is no device '{device}' here: {str(error).splitlines()[0]}") from error
 
 
 def _refuse_without_rule(**options: Any) -> None:

@@ -68,8 +68,6 @@ class Questions:
         batch_size: int = 16,
     ) -> None:
         require_harness()
-        from lm_eval.tasks import TaskManager
-
         if backend not in get_args(Backend):
             raise ValueError(f'backend must be one of {", ".join(get_args(Backend))}, not {backend!r}.')
         has_template = tokenizer.chat_template is not None
@@ -80,12 +78,8 @@ class Questions:
         self._tokenizer = tokenizer
         self._backend = backend
         self._batch_size = batch_size
-        # It would look through the thousands of files that its own tasks have.
-        self._manager = TaskManager(include_defaults=False)
-        self._sets = {
-            task: self._manager.load(list(task_configs(task, protocol, chat=self._chat, file=file).values()))['tasks']
-            for task, file in ((task, (files or {}).get(task)) for task in tasks)
-        }
+        self._manager = _task_manager()
+        self._sets = {task: self._read(task, (files or {}).get(task)) for task in tasks}
 
     def ask(self, model: PreTrainedModel) -> tuple[list[Measurement], list[Generation]]:
         """Returns the accuracies of a model, and what it has generated.
@@ -121,6 +115,16 @@ class Questions:
                 generations += [_generation(name, sample) for name, rows in samples.items() for sample in rows]
         return measurements, generations
 
+    def _read(self, task: str, file: Optional[Union[str, Path]]) -> dict[str, Any]:
+        from datasets.exceptions import DatasetsError
+
+        configs = task_configs(task, self._protocol, chat=self._chat, file=file)
+        try:
+            return self._manager.load([*configs.values()])['tasks']
+        except (OSError, DatasetsError) as error:
+            source = file or next(iter(configs.values()))['dataset_path']
+            raise ValueError(f"The questions of {task} could not be read from '{source}': {error}.") from error
+
     def _warn_of_cut_questions(self, task: str, samples: Mapping[str, Sequence[Any]], max_length: int) -> None:
         cut, asked = 0, 0
         for name, rows in samples.items():
@@ -146,7 +150,11 @@ class Questions:
         model_class: Any = get_model(self._backend)
         if self._backend == 'hf':
             model.eval()
-            yield model_class(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size)
+            # Else every prompt would end with the end of text that some tokenizers add, ByT5's among them.
+            encoded: Any = self._tokenizer('a')
+            ends = encoded['input_ids'][-1:] == [self._tokenizer.eos_token_id]
+            specials = {'add_bos_token': False} if ends else {}
+            yield model_class(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size, **specials)
             return
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -187,6 +195,13 @@ def require_harness() -> None:
         raise ImportError(
             "Questions are asked through the lm-evaluation-harness: pip install 'composer_bema[eval]'."
         ) from error
+
+
+def _task_manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    # It would look through the thousands of files that the harness's own tasks have.
+    return TaskManager(include_defaults=False)
 
 
 def _max_new_tokens(task: Any) -> int:

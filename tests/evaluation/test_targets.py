@@ -1,0 +1,126 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Models as they are evaluated: which weights they hold, from every kind of target."""
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from composer_bema.evaluation.targets import open_target
+from composer_bema.offline.settings import Setting
+from tests.evaluation.models import make_tokenizer
+from tests.formats.runs import saved
+from tests.offline.runs import as_huggingface, as_safetensors, run
+
+CPU = torch.device('cpu')
+TRAINING = Setting('lawa', {'window': 1})
+
+
+def held(target, settings=(), **options):
+    """What was evaluated, with a copy of the weights that the model held then."""
+    opened = open_target(str(target), dict(settings), device=CPU, **options)
+    return [(s, {n: t.clone() for n, t in model.state_dict().items()}) for s, model in opened.models()]
+
+
+def assert_holds(weights, expected, atol=1e-6):
+    named = {name.removeprefix('model.'): tensor for name, tensor in expected.items()}
+    assert weights.keys() == named.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, named[name].to(tensor.dtype), rtol=0, atol=atol)
+
+
+def test_a_hugging_face_folder(tmp_path):
+    folder = as_huggingface(run('training'), tmp_path) / 'checkpoint-6'
+    [(subject, weights)] = held(folder)
+    assert (subject.weights, subject.step, subject.settings) == (str(folder), None, {})
+    assert_holds(weights, run('training').weights[6]['training'], atol=0)
+
+
+@pytest.mark.parametrize(('chosen', 'expected'), [('average', 'BEMA'), ('training', 'training')])
+def test_a_composer_checkpoint(chosen, expected):
+    checkpoint = next(run('average').checkpoints.glob('*ba8-rank0.pt'))
+    [(subject, weights)] = held(checkpoint, weights=chosen)
+    assert (subject.weights, subject.step) == (chosen, 8)
+    assert_holds(weights, run('average').weights[8][expected], atol=0)
+
+
+def test_one_of_several_averages():
+    [(_, weights)] = held(saved('two averages').path, average='EMA')
+    assert_holds(weights, saved('two averages').weights['EMA'], atol=0)
+
+
+@pytest.mark.parametrize('kind', ['composer', 'huggingface'])
+def test_averages_of_a_directory(tmp_path, kind):
+    source = run('training')
+    checkpoints = source.checkpoints if kind == 'composer' else as_huggingface(source, tmp_path / 'folders')
+    settings = {'bema': Setting('bema', update_freq=2), 'training': TRAINING}
+    found = held(checkpoints, settings, weights='training', every_update=True, initial_model=source.initial_model)
+    assert [(s.weights, s.step) for s, _ in found] == [(n, t) for n in settings for t in range(2, 13, 2)]
+    for subject, weights in found:
+        expected = 'BEMA' if subject.weights == 'bema' else 'training'
+        assert_holds(weights, source.weights[subject.step][expected])
+    assert found[0][0].settings == {'rule': 'bema', 'update_freq': 2}
+
+
+def test_steps_of_averages():
+    settings = {'ema': Setting('ema', update_after=4, update_freq=4)}
+    options = {'weights': 'training', 'initial_model': run('training').initial_model}
+    steps = [
+        [subject.step for subject, _ in held(run('training').checkpoints, settings, **options, **chosen)]
+        for chosen in ({}, {'at': (8,)}, {'every_update': True})
+    ]
+    assert steps == [[12], [8], [8, 12]]
+
+
+def test_a_dtype():
+    options = {'weights': 'training', 'dtype': 'bfloat16', 'initial_model': run('training').initial_model}
+    [(_, weights)] = held(run('training').checkpoints, {'training': TRAINING}, **options)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert_holds(weights, run('training').weights[12]['training'], atol=0)
+
+
+def test_adapters(tmp_path):
+    """Averages of adapters are put into one model, on a base that stays as it is."""
+    torch.manual_seed(0)
+    sizes = {'hidden_size': 8, 'intermediate_size': 12, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes))
+    base.save_pretrained(tmp_path / 'base')
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / 'base'),
+        LoraConfig(task_type='CAUSAL_LM', r=2, target_modules=['q_proj'], init_lora_weights=False),
+    )
+    trained = {}
+    for step in (1, 2):
+        trained[step] = {n: torch.randn_like(t) for n, t in adapted.state_dict().items() if 'lora' in n}
+        adapted.load_state_dict(trained[step], strict=False)
+        adapted.save_pretrained(str(tmp_path / f'run/checkpoint-{step}'))
+        make_tokenizer().save_pretrained(tmp_path / f'run/checkpoint-{step}')
+    [(_, weights)] = held(tmp_path / 'run', {'lawa': Setting('lawa', {'window': 2}, update_freq=1)}, weights='training')
+    for name, tensor in trained[1].items():
+        torch.testing.assert_close(weights[name], (tensor + trained[2][name]) / 2)
+    torch.testing.assert_close(weights['base_model.model.lm_head.weight'], base.lm_head.weight)
+
+
+def test_what_cannot_be_evaluated(tmp_path):
+    source = run('training')
+    with pytest.raises(ValueError, match='averages of a directory of checkpoints need --rule'):
+        held(source.checkpoints)
+    options = {'weights': 'training'}
+    with pytest.raises(ValueError, match='has weights alone, and does not say of what model'):
+        held(as_safetensors(source, tmp_path / 'bare'), {'training': TRAINING}, **options)
+    with pytest.raises(ValueError, match='not a HuggingFaceModel'):
+        held(run('classifier').checkpoints, {'training': TRAINING}, **options)
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        held(tmp_path / 'nowhere' / 'at' / 'all')
+
+
+def test_a_tokenizer_of_its_own(tmp_path):
+    folder = shutil.copytree(run('training').initial_model, tmp_path / 'model')
+    with pytest.raises(ValueError, match="no tokenizer in '.*model': name one with --tokenizer"):
+        held(folder)
+    make_tokenizer().save_pretrained(tmp_path / 'tokenizer')
+    assert len(held(folder, tokenizer=str(tmp_path / 'tokenizer'))) == 1
