@@ -4,11 +4,12 @@
 """A run as one HTML page: its settings, curves, averages and checkpoints, as its folder has them.
 
 The page needs nothing else: pictures and style are in it, it has no scripts, and it tells browsers to fetch nothing.
-Metrics and settings are read by their numbers and names, checkpoints by their directories; nothing of them is executed.
+Nothing that the folder holds is executed, and of its checkpoints no tensor is read.
 """
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import cycle
@@ -21,9 +22,9 @@ from composer.utils import format_name_with_dist
 from composer.utils.file_helpers import is_uri
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from composer_bema.algorithms.weight_averaging import WeightAveraging, averages_among
+from composer_bema.algorithms.weight_averaging import WeightAveraging
 from composer_bema.formats.completeness import INCOMPLETE, SavedCheckpoint, saved_checkpoints, why_incomplete
-from composer_bema.formats.composer import Checkpoint, open_checkpoint
+from composer_bema.formats.composer import open_checkpoint
 from composer_bema.plots import STROKES, draw_curves
 from composer_bema.training.checks import build_named, check_time
 from composer_bema.training.config import ConfigError, TrainConfig, load_config
@@ -37,6 +38,7 @@ from composer_bema.training.outputs import (
     perplexity,
     read_metrics,
 )
+from composer_bema.training.registry import find_builder
 from composer_bema.training.weighing import Clock, weigh
 from composer_bema.version import __version__
 
@@ -175,11 +177,17 @@ def _read_run(folder: Path) -> Run:
         config = in_folder(load_config(folder / CONFIG_FILE), folder)
         for key in ('max_duration', 'save_interval'):
             check_time(getattr(config, key), key)
-        averages = averages_among(build_named('algorithms', config.algorithms))
+        named = {name: given for name, given in (config.algorithms or {}).items() if _is_average(name)}
+        averages = build_named('algorithms', named)
     except ConfigError as error:
         raise ConfigError(f"The settings of the run in '{folder}' are damaged: {error}") from error
     records = read_metrics(folder / METRICS_FILE)
     return Run(folder, config, records, averages, _curves(records))
+
+
+def _is_average(name: str) -> bool:
+    builder = find_builder('algorithms', name, 'algorithms')
+    return isinstance(builder, type) and issubclass(builder, WeightAveraging)
 
 
 def _curves(records: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
@@ -249,7 +257,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _notes(run: Run) -> list[str]:
     """What a reader has to know about the run before its numbers."""
     notes = [_progress(run)]
-    if not (run.folder / METRICS_FILE).read_bytes().endswith(b'\n'):
+    if _is_cut(run.folder / METRICS_FILE):
         notes.append(f'The last line of {METRICS_FILE} is unfinished, as a killed run leaves it, and is passed over.')
     if run.records and run.records[0]['batch'] > 0:
         source = f' from {run.config.load_path}' if run.config.load_path else ''
@@ -268,6 +276,14 @@ def _notes(run: Run) -> list[str]:
         if bad:
             notes.append(f'{name} is not finite at {len(bad)} of {len(points)} steps, the first of which is {bad[0]}.')
     return notes
+
+
+def _is_cut(path: Path) -> bool:
+    with path.open('rb') as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b'\n'
 
 
 def _progress(run: Run) -> str:
@@ -466,12 +482,13 @@ def _average_pictures(run: Run) -> list[Picture]:
 def _weighings(run: Run) -> dict[str, Any]:
     """What past steps weigh in each average: a table, pictures, and why there is none of some."""
     rows, drawn, notes = [], [], []
+    clock = Clock(run.records, run.config.max_duration)
     for average in run.averages:
         name, updates = type(average).__name__, _updates(run, average)
         if not updates:
             continue
         try:
-            weighing = weigh(average, updates, Clock(run.records, run.config.max_duration))
+            weighing = weigh(average, updates, clock)
         except ValueError as error:
             notes.append(f'What past steps weigh in the {name} cannot be told: {error}.')
             continue
@@ -519,7 +536,8 @@ def _checkpoints(run: Run) -> tuple[Table | None, list[str]]:
     saved = sorted(saved_checkpoints(folder))
     notes = [f'They are in {folder}.'] if saved else [f'There are no checkpoints in {folder}.']
     if config.save_num_checkpoints_to_keep >= 0:
-        notes.append(f'The run keeps {config.save_num_checkpoints_to_keep} (save_num_checkpoints_to_keep).')
+        kept = config.save_num_checkpoints_to_keep
+        notes.append(f'Each start of the run keeps the last {kept} that it saves (save_num_checkpoints_to_keep).')
     else:
         notes += _missing_checkpoints(run, [checkpoint.batch for checkpoint in saved])
     aside = sorted(path.name for path in folder.glob(f'*{INCOMPLETE}'))
@@ -554,13 +572,7 @@ def _checkpoint_row(saved: SavedCheckpoint) -> list[str]:
         return [*cells, *['–'] * (6 - len(cells)), f'cannot be read: {error}']
     # Without a clock it is one of weights only, which has no entry that says whose they are.
     holds = checkpoint.model_holds if checkpoint.timestamp is not None else 'not recorded (save_weights_only)'
-    averages = ', '.join(_described(checkpoint, name) for name in checkpoint.average_names)
-    return [*cells, holds, averages or 'none', 'complete']
-
-
-def _described(checkpoint: Checkpoint, name: str) -> str:
-    saved = checkpoint.averages.get(name)
-    return name if saved is None else f'{name} ({", ".join(sorted(saved.buffers))})'
+    return [*cells, holds, ', '.join(checkpoint.average_names) or 'none', 'complete']
 
 
 def _size(path: Path) -> str:
@@ -568,9 +580,9 @@ def _size(path: Path) -> str:
     size = float(sum(file.stat().st_size for file in files))
     for unit in ('B', 'kB', 'MB', 'GB'):
         if size < 1000:
-            return f'{size:.3g} {unit}'
+            return f'{size:.3g}\u00a0{unit}'
         size /= 1000
-    return f'{size:.3g} TB'
+    return f'{size:.3g}\u00a0TB'
 
 
 # Settings, and all the metrics

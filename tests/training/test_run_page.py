@@ -124,6 +124,11 @@ def trained(tmp_path_factory):
     return folder / 'run'
 
 
+@pytest.fixture(scope='module')
+def page(trained):
+    return page_of(trained)
+
+
 @pytest.fixture
 def run(trained, tmp_path):
     """A copy of a run, moved from where it was trained."""
@@ -145,9 +150,8 @@ def step(batch, **metrics):
     return {'batch': batch, 'epoch': 0, 'token': 128 * batch, 'time/batch': batch, **named}
 
 
-def test_a_real_run(run):
-    page = page_of(run)
-    records = read_metrics(run / 'metrics.jsonl')
+def test_a_real_run(trained, page):
+    records = read_metrics(trained / 'metrics.jsonl')
     assert page.headings[:4] == ['tiny', 'Summary', 'Curves', 'Averages']
     assert page.headings[4:] == ['How much past weights weigh', 'Checkpoints', 'Settings', 'All metrics']
     assert page.notes[0] == 'The run has reached its end: 6ba.'
@@ -169,9 +173,8 @@ def test_a_real_run(run):
     assert page.facts['Tokens seen'] == '768'
 
 
-def test_the_averages_of_a_real_run(run):
-    page = page_of(run)
-    last = {name: value for record in read_metrics(run / 'metrics.jsonl') for name, value in record.items()}
+def test_the_averages_of_a_real_run(trained, page):
+    last = {name: value for record in read_metrics(trained / 'metrics.jsonl') for name, value in record.items()}
     ema, bema = page.table('Average', 'updates', 'last beta')
     assert [ema['updates'], ema['last alpha'], ema['last beta']] == ['6', '–', f'{last["ema/beta"]:.6g}']
     assert [bema['updates'], bema['last alpha']] == ['3', f'{last["bema/alpha"]:.6g}']
@@ -193,7 +196,7 @@ def test_the_checkpoints_of_a_real_run(run):
     page = page_of(run)
     first, second, third = page.table('File', 'state')
     assert [first['step'], first["the model's weights"], first['state']] == ['2', 'BEMA', 'complete']
-    assert first['averages'] == 'EMA (ema), BEMA (bema, ema, theta_0)'
+    assert first['averages'] == 'EMA, BEMA'
     assert second['state'].startswith('incomplete: ')
     assert third['state'] == 'complete'
     size = (run / 'checkpoints/ep0-ba6-rank0.pt').stat().st_size
@@ -203,8 +206,7 @@ def test_the_checkpoints_of_a_real_run(run):
     assert 'A resumed run has set aside, as not whole: ep0-ba5-rank0.pt.incomplete.' in page.notes
 
 
-def test_the_settings_of_a_run(run):
-    page = page_of(run)
+def test_the_settings_of_a_run(page):
     for text in ('global_train_batch_size', 'name: decoupled_adamw', 'lr: 0.01', 'half_life: 2ba'):
         assert text in page.text
     assert re.search(r'\d+ settings at their defaults', page.text)
@@ -232,6 +234,12 @@ def test_a_run_that_has_logged_nothing_yet(tmp_path):
     assert 'There has been no update yet.' in page.text
 
 
+def test_a_file_of_metrics_that_is_empty_is_not_cut(tmp_path):
+    page = page_of(made(tmp_path, []))
+    assert page.notes[0] == 'Nothing has been logged yet.'
+    assert not any('unfinished' in note for note in page.notes)
+
+
 def test_a_killed_and_resumed_run(tmp_path):
     lines = [step(0), step(1), step(2, metrics__one__LanguageCrossEntropy=3.0), step(3)]
     lines += [step(2, metrics__one__LanguageCrossEntropy=2.0), step(3), step(3), '{"batch": 4']
@@ -254,7 +262,7 @@ def test_a_branch_and_checkpoints_that_were_pruned_or_are_elsewhere(tmp_path):
     reason = 'some of its updates are not in these metrics, or were counted anew'
     assert f'What past steps weigh in the EMA cannot be told: {reason}.' in page.notes
     page = page_of(made(tmp_path, lines, save_folder=str(tmp_path / 'kept'), save_num_checkpoints_to_keep=2))
-    assert 'The run keeps 2 (save_num_checkpoints_to_keep).' in page.notes
+    assert 'Each start of the run keeps the last 2 that it saves (save_num_checkpoints_to_keep).' in page.notes
 
 
 def test_a_run_on_preferences(tmp_path):
@@ -314,6 +322,16 @@ def test_a_curve_of_thousands_of_points_is_thinned(tmp_path):
     path = write_run_page(made(tmp_path, losses, max_duration='5000ba'))
     assert 'A point is the mean of 9 in a row; the first and the last are single ones.' in path.read_text()
     assert path.stat().st_size < 100_000
+
+
+def test_algorithms_that_are_no_averages_are_left_alone(tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise AssertionError('it is built')
+
+    monkeypatch.setattr('composer.algorithms.GradientClipping.__init__', refuse)
+    algorithms = {'gradient_clipping': {'clipping_type': 'norm', 'clipping_threshold': 1.0}, 'ema': {}}
+    page = page_of(made(tmp_path, [step(0)], algorithms=algorithms))
+    assert [row['Average'] for row in page.table('Average', 'updates', 'last beta')] == ['EMA']
 
 
 def test_a_page_takes_the_place_of_an_older_one_and_leaves_nothing_else(run, tmp_path):
