@@ -506,14 +506,13 @@ def _weighings(run: Run) -> dict[str, Any]:
 
 
 def _weighing_picture(name: str, points: Points) -> list[Picture]:
-    """The weights of the past; without those at its two ends where all others would lie on the axis."""
-    (first, start), *between, (last, newest) = points
-    notes = []
-    if between and max(abs(start), abs(newest)) > END_RATIO * max(abs(c) for _, c in between):
-        notes.append(f'Not drawn: {start:.4f} for the weights at step {first:,}, and {newest:.4f} at step {last:,}.')
-        points = between
+    """The weights of the past; without an end beside which all others would lie on the axis."""
+    limit = END_RATIO * max((abs(weight) for _, weight in points[1:-1]), default=0) or math.inf
+    left_out = [(step, weight) for step, weight in points if abs(weight) > limit]
+    notes = [f'Not drawn: {weight:.4f} at step {step:,}.' for step, weight in left_out]
+    drawn = {name: [point for point in points if point not in left_out]}
     title, x_label = f'Weights in the {name}', 'step of the past weights'
-    return _picture(f'weights-{name}', title, {name: points}, 'weight', notes, x_label=x_label)
+    return _picture(f'weights-{name}', title, drawn, 'weight', notes, x_label=x_label)
 
 
 def _updates(run: Run, average: WeightAveraging) -> dict[int, dict[str, float]]:

@@ -190,6 +190,22 @@ def test_the_averages_of_a_real_run(trained, page):
         assert any(f'Curves of {title}' in label for label in page.pictures), title
 
 
+def test_a_weight_that_would_flatten_all_others_is_not_drawn(tmp_path):
+    lines = [step(0), *(step(n, ema__num_updates=n, ema__beta=1 - 0.99) for n in (1, 2, 3))]
+    page = page_of(made(tmp_path, lines, algorithms={'ema': {'smoothing': 0.99}}))
+    # 0.99 to the power of 3, and 0.01 for the newest.
+    assert page.text.count('Not drawn: ') == page.text.count('Not drawn: 0.9703 at step 0.') == 1
+    (label,) = (label for label in page.pictures if 'Weights in the EMA' in label)
+    assert 'EMA from 0.009801 at 1 to 0.01 at 3' in label
+
+
+def test_ends_with_nothing_between_them_are_drawn(tmp_path):
+    lines = [step(0), *(step(n, lawa__num_updates=n) for n in (1, 2, 3))]
+    page = page_of(made(tmp_path, lines, algorithms={'lawa': {'update_freq': '1ba', 'window': 1}}))
+    assert [label.partition(': ')[2] for label in page.pictures] == ['LAWA from 0 at 0 to 1 at 3.']
+    assert 'Not drawn' not in page.text
+
+
 def test_the_checkpoints_of_a_real_run(run):
     (run / 'checkpoints/ep0-ba4-rank0.pt').write_bytes(b'half of it')
     (run / 'checkpoints/ep0-ba5-rank0.pt.incomplete').write_bytes(b'')
