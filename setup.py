@@ -34,6 +34,7 @@ INSTALL_REQUIRES = [
     'pyyaml>=6.0,<7',
     'click>=8.1,<9',
     'matplotlib>=3.8,<4',
+    'jinja2>=3.1,<4',
     'tabulate>=0.9,<1',
     'tqdm>=4.62,<5',
     'xxhash>=3.0,<4',
@@ -73,7 +74,7 @@ setup(
     ],
     python_requires='>=3.10,<3.13',
     packages=find_packages(include=['composer_bema', 'composer_bema.*']),
-    package_data={'composer_bema': ['py.typed']},
+    package_data={'composer_bema': ['py.typed', 'training/*.html']},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={

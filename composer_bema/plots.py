@@ -3,7 +3,10 @@
 
 """Pictures of a run."""
 
+import io
+import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +14,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['check_folder', 'plot_curves', 'plot_curves_with_errors', 'plot_heat_map', 'plot_panels']
+__all__ = [
+    'STROKES',
+    'check_folder',
+    'draw_curves',
+    'plot_curves',
+    'plot_curves_with_errors',
+    'plot_heat_map',
+    'plot_panels',
+]
 
 Curve = Sequence[tuple[float, float]]
 CurveWithErrors = Sequence[tuple[float, float, float]]
 
 _FEW_CURVES = 8
+# More points than these would run into each other as markers.
+_FEW_POINTS = 60
+
+# The colour and the dashes (SVG's stroke-dasharray) of the curves of `draw_curves`, in turn. The colours can be told
+# from a white and from a black page, and the dashes without any colour.
+STROKES = (
+    ('#3b82c4', ''),
+    ('#d9622b', '6 2'),
+    ('#2e9d6b', '2 2'),
+    ('#a860c9', '7 2 2 2'),
+    ('#c2457a', '4 3'),
+    ('#8a7a1f', '9 3'),
+)
 
 
 def plot_curves(curves: Mapping[str, Curve], path: str | Path, x_label: str, y_label: str) -> None:
@@ -54,6 +78,60 @@ def plot_curves_with_errors(
         axes.errorbar(x, y, yerr=errors, label=name, marker='o', markersize=3, capsize=2, elinewidth=1)
     _add_legend(axes, len(curves))
     _write(figure, path)
+
+
+def draw_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, prefix: str) -> str:
+    """Draw one line for each named curve, as an SVG element for an HTML page.
+
+    Text and axes have the colour of the text around them, the background is clear. The names are not drawn, for a page
+    has better means: the curves have the `STROKES` in turn.
+
+    Args:
+        curves: Points (x, y) by name; those that are not finite are gaps.
+        x_label: What x is; its ticks are whole numbers where it spans several.
+        y_label: What y measures.
+        prefix: What the ids in the element begin with; another for each picture of a page.
+
+    Returns:
+        str: The element, with the class ``picture``, as wide as what it is put into.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.ticker import MaxNLocator
+
+    # Text stays text, and equal pictures are equal files.
+    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix, 'font.size': 9.5}):
+        figure = _figure()
+        figure.set_size_inches(5, 3)
+        axes = figure.add_subplot()
+        for points, (colour, dashes) in zip(curves.values(), cycle(STROKES), strict=False):
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                color=colour,
+                linestyle=(0, [float(length) for length in dashes.split()]) if dashes else '-',
+                marker='o' if len(points) <= _FEW_POINTS else '',
+                markersize=3,
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.3)
+        axes.patch.set_visible(False)
+        text = io.StringIO()
+        FigureCanvasSVG(figure).print_figure(text, format='svg', facecolor='none')
+    return _as_element(text.getvalue(), prefix)
+
+
+def _as_element(document: str, prefix: str) -> str:
+    """Make a document of matplotlib's part of a page: without its head, sizes and style, and with ids of its own."""
+    body = document[document.index('<svg') :].replace('#000000', 'currentColor')
+    for clutter in (r'<metadata>.*?</metadata>', r'<style[^>]*>.*?</style>', r'font-family: [^;"]*;? ?'):
+        body = re.sub(clutter, '', body, flags=re.DOTALL)
+    body = re.sub(r'\bid="|href="#|url\(#', lambda match: f'{match[0]}{prefix}-', body)
+    view = re.search(r'viewBox="[^"]*"', body)
+    assert view is not None, 'matplotlib writes one'
+    return re.sub(r'<svg[^>]*>', f'<svg class="picture" {view[0]}>', body, count=1).strip()
 
 
 def plot_heat_map(

@@ -112,6 +112,32 @@ def test_export(tmp_path, checkpoint):
     assert len(set(files.values())) == 3
 
 
+def test_report(tmp_path, checkpoint):
+    folder = os.path.dirname(os.path.dirname(checkpoint)) + '/run'
+    out = tmp_path / 'page.html'
+    result = run('report', folder, '--out', str(out))
+    assert (result.exit_code, result.stdout) == (0, f"Wrote '{out}'.\n"), result.output
+    assert out.read_text().startswith('<!doctype html>')
+    result = run('report', folder)
+    assert (result.exit_code, result.stdout) == (0, f"Wrote '{folder}/report.html'.\n")
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (['none'], "No such folder of a run: 'none'."),
+        (['.'], "'.' is no folder of a run: there is no config.yaml in it."),
+        (['run', '--out', 'none/x.html'], "There is no folder 'none' for the page 'none/x.html': make it, or name"),
+    ],
+)
+def test_report_says_what_is_wrong(checkpoint, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(checkpoint)))
+    result = run('report', *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f'Error: {sentence}')
+    assert result.stderr.count('\n') == 1
+
+
 @pytest.mark.parametrize(
     ('arguments', 'sentence'),
     [

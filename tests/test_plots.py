@@ -4,11 +4,21 @@
 """Pictures."""
 
 import math
+import re
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
-from composer_bema.plots import check_folder, plot_curves, plot_curves_with_errors, plot_heat_map, plot_panels
+from composer_bema.plots import (
+    STROKES,
+    check_folder,
+    draw_curves,
+    plot_curves,
+    plot_curves_with_errors,
+    plot_heat_map,
+    plot_panels,
+)
 
 
 @pytest.mark.parametrize('curves', [{'ema': [(1, 2.0), (2, 1.5)], 'bema': [(1, 1.9)]}, {'one': []}])
@@ -139,3 +149,23 @@ def test_ticks_are_whole_numbers_where_there_are_several(tmp_path, monkeypatch):
     steps, powers = (figure.axes[0].get_xticks() for figure in drawn)
     assert len(steps) > 2 and all(tick == round(tick) for tick in steps)
     assert sum(0.2 <= tick <= 0.6 for tick in powers) > 2
+
+
+def test_an_element_for_a_page_has_ids_of_its_own_and_the_colour_of_the_text():
+    curves = {'a & b': [(0, 1.0), (2, float('nan')), (3, 2.0)], '_$x': [(0, 1.5)]}
+    one, other = (draw_curves(curves, 'step', 'loss', prefix) for prefix in ('one', 'other'))
+    ids = [set(re.findall(r'\bid="([^"]*)"', text)) for text in (one, other)]
+    assert ids[0] and not ids[0] & ids[1]
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', one)) <= ids[0]
+    root = ElementTree.fromstring(one.replace('xlink:href', 'href'))
+    assert root.attrib.keys() == {'class', 'viewBox'}
+    assert {'step', 'loss'} < {element.text for element in root.iter('text')}
+    assert 'currentColor' in one and '#000000' not in one and 'font-family' not in one
+    assert [colour in one for colour, _ in STROKES[:3]] == [True, True, False]
+
+
+def test_more_curves_than_strokes_take_them_in_turn():
+    curves = {str(n): [(0, n), (1, n)] for n in range(len(STROKES) + 1)}
+    text = draw_curves(curves, 'x', 'y', 'p')
+    counts = [len(re.findall(f'stroke: {colour}; stroke-width: 1.5', text)) for colour, _ in STROKES]
+    assert counts == [2, *[1] * (len(STROKES) - 1)]

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from composer_bema.averaging.rules import THETA, Lerp, Row, Rule
+from composer_bema.averaging.rules import THETA, Lerp, LinearStep, Row, Rule
 
-__all__ = ['fold']
+__all__ = ['fold', 'fold_back']
 
 
 def fold(rule: Rule, start: int, steps: Sequence[int]) -> np.ndarray:
@@ -41,6 +42,36 @@ def fold(rule: Rule, start: int, steps: Sequence[int]) -> np.ndarray:
             values[row.target] = _combined(row, values)
         rows[index] = values[rule.average]
     return rows
+
+
+def fold_back(linear_steps: Sequence[LinearStep], average: str) -> np.ndarray:
+    """Returns the last row of :func:`fold`, in time and memory that grow with the updates and not with their square.
+
+    Args:
+        linear_steps (Sequence[LinearStep]): The updates, from the first one on.
+        average (str): The buffer that is the average.
+
+    Returns:
+        np.ndarray: In float64, of the shape (1 + updates,); the first number is for the weights that all buffers start
+        as, and the others are for those at the updates.
+    """
+    # What the average owes to each operand, as it was before the updates that have been undone.
+    owed: defaultdict[str, float] = defaultdict(float, {average: 1.0})
+    coefficients = np.zeros(1 + len(linear_steps))
+    for index in range(len(linear_steps), 0, -1):
+        for row in reversed(linear_steps[index - 1].rows):
+            amount = owed.pop(row.target, 0.0)
+            for operand, weight in _weights(row):
+                owed[operand] += weight * amount
+        coefficients[index] = owed.pop(THETA, 0.0)
+    coefficients[0] = sum(owed.values())
+    return coefficients
+
+
+def _weights(row: Row) -> tuple[tuple[str, float], ...]:
+    if isinstance(row, Lerp):
+        return (row.target, 1 - row.weight), (row.source, row.weight)
+    return (row.base, 1.0), (row.minuend, row.scale), (row.subtrahend, -row.scale)
 
 
 def _combined(row: Row, values: dict[str, Any]) -> np.ndarray:

@@ -12,7 +12,7 @@ import click
 from composer_bema.cli.evaluation import evaluate
 from composer_bema.cli.flops import flops
 from composer_bema.cli.offline import export, stabilize, sweep, weights
-from composer_bema.cli.training import convert, cooldown, train
+from composer_bema.cli.training import convert, cooldown, report, train
 from composer_bema.version import __version__
 
 __all__ = ['main']
@@ -46,5 +46,5 @@ def main(traceback: bool) -> None:
     del traceback  # read by OneSentence
 
 
-for _command in (train, cooldown, convert, export, stabilize, sweep, weights, evaluate, flops):
+for _command in (train, cooldown, report, convert, export, stabilize, sweep, weights, evaluate, flops):
     main.add_command(_command)

@@ -11,7 +11,7 @@ import click
 
 from composer_bema.cli.processes import is_first_process, say, show_log
 
-__all__ = ['convert', 'cooldown', 'train']
+__all__ = ['convert', 'cooldown', 'report', 'train']
 
 
 @click.command()
@@ -67,6 +67,19 @@ def cooldown(
         check_config(config)
         return
     say(run_training(config))
+
+
+@click.command()
+@click.argument('folder', type=click.Path(), metavar='RUN_FOLDER')
+@click.option('--out', type=click.Path(), help='The file to write.  [default: report.html in the folder]')
+def report(folder: str, out: str | None) -> None:
+    """Write an HTML page about the run in RUN_FOLDER: settings, curves, averages, checkpoints.
+
+    The page is one file that needs no network. The run may still be going on.
+    """
+    from composer_bema.training.run_page import write_run_page
+
+    click.echo(f"Wrote '{write_run_page(folder, out)}'.")
 
 
 @click.command()

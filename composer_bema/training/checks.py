@@ -19,7 +19,7 @@ from composer_bema.training.data.sections import check_loader, eval_sections
 from composer_bema.training.registry import build, check_arguments, find_builder, split_name
 from composer_bema.training.tokenizers import check_tokenizer
 
-__all__ = ['build_named', 'check_config', 'device_batch_size']
+__all__ = ['build_named', 'check_config', 'check_time', 'device_batch_size']
 
 TIMES = ('max_duration', 'eval_interval', 'save_interval', 'console_log_interval')
 LOG_LEVELS = ['CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG']
@@ -32,7 +32,7 @@ def check_config(config: TrainConfig) -> None:
         ConfigError: One sentence about the first mistake, with its dotted key.
     """
     for key in TIMES:
-        _check_time(getattr(config, key), key)
+        check_time(getattr(config, key), key)
     _check_sizes(config)
     check_tokenizer(config.tokenizer)
     for kind, supplied in (('model', 'tokenizer'), ('optimizer', 'params')):
@@ -112,7 +112,12 @@ def _check_fsdp(settings: Mapping[str, Any]) -> None:
     _check_choice(strategy, list(ShardingStrategy.__members__), 'fsdp_config.sharding_strategy')
 
 
-def _check_time(value: Any, path: str) -> None:
+def check_time(value: Any, path: str) -> None:
+    """Check that a setting, under the dotted ``path``, is one of Composer's times.
+
+    Raises:
+        ConfigError: It is none.
+    """
     try:
         Time.from_input(value, 'ep')
     except (TypeError, ValueError) as error:

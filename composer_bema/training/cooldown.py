@@ -6,11 +6,10 @@
 One long run thus stands for runs of many lengths, each of which would need a schedule of its own (arXiv 2405.18392).
 """
 
-import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from composer.utils.file_helpers import is_uri
 from composer_bema.formats.completeness import saved_checkpoints, why_incomplete
 from composer_bema.formats.composer import Checkpoint, open_checkpoint
 from composer_bema.training.config import ConfigError, TrainConfig, load_config
-from composer_bema.training.outputs import CONFIG_FILE, is_below, run_folder_of
+from composer_bema.training.outputs import CONFIG_FILE, WHERE, in_folder, is_below, run_folder_of
 
 __all__ = ['cooldown_config']
 
@@ -30,8 +29,7 @@ log = logging.getLogger(__name__)
 
 # The clocks by which a duration can be counted, by their names in a checkpoint. Epochs are counted in steps.
 _CLOCKS = {TimeUnit.BATCH: 'batch', TimeUnit.SAMPLE: 'sample', TimeUnit.TOKEN: 'token', TimeUnit.EPOCH: 'batch'}
-# The settings that say where a run writes, and what callbacks and loggers call it.
-_WHERE = ('run_folder', 'save_folder', 'callbacks', 'loggers')
+# What callbacks and loggers call the place where they write.
 _PLACES = ('save_folder', 'folder', 'filename', 'log_dir')
 
 
@@ -77,7 +75,7 @@ def cooldown_config(
         raise ConfigError(f'fraction must lie between 0 and 1, the whole branch, but is {fraction}.')
     folder, checkpoint = _found(Path(target))
     # The run may have been moved since it was trained.
-    config = _in_folder(load_config(folder / CONFIG_FILE), folder)
+    config = in_folder(load_config(folder / CONFIG_FILE), folder)
     unit = _unit(config)
     part = Fraction(str(fraction))
     if checkpoint is None:
@@ -85,10 +83,10 @@ def cooldown_config(
     elif at is not None:
         raise ConfigError(f"'{target}' is one checkpoint, which leaves no choice of step {at}: name its run's folder.")
     branch = _branch(checkpoint, unit, part, decay)
-    moved = _in_folder(config, folder.with_name(folder.name + branch.suffix))
+    moved = in_folder(config, folder.with_name(folder.name + branch.suffix))
     changes = {
         'run_name': f'{config.run_name}{branch.suffix}',
-        **{key: getattr(moved, key) for key in _WHERE},
+        **{key: getattr(moved, key) for key in WHERE},
         'max_duration': str(branch.end),
         'scheduler': branch.scheduler,
         'load_path': str(branch.checkpoint),
@@ -122,12 +120,6 @@ def _found(target: Path) -> tuple[Path, Path | None]:
         )
     # A link to the latest checkpoint would soon lead elsewhere.
     return folder, target.resolve() if target.is_symlink() else target
-
-
-def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Settings with all that lies in their run's folder moved to another one."""
-    old = os.path.normpath(str(config.run_folder))
-    return dataclasses.replace(config, **{key: _moved(getattr(config, key), old, str(folder)) for key in _WHERE})
 
 
 def _unit(config: TrainConfig) -> TimeUnit:
@@ -203,17 +195,6 @@ def _check_rate(checkpoint: Checkpoint) -> None:
                 f"The learning rate in '{checkpoint.path}' is {now:g}, and the optimizer's own is {full:g}: a cooldown "
                 'starts where the schedule leaves that as it is, after the warmup and before any decay.',
             )
-
-
-def _moved(value: Any, folder: str, to: str) -> Any:
-    """A setting with the paths in it that lie in one folder moved to the other."""
-    if isinstance(value, Mapping):
-        return {key: _moved(item, folder, to) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_moved(item, folder, to) for item in value]
-    if isinstance(value, str) and Path(value).is_relative_to(folder):
-        return os.path.normpath(os.path.join(to, os.path.relpath(value, folder)))
-    return value
 
 
 def _check_run_is_left_alone(config: TrainConfig, branched: TrainConfig) -> None:

@@ -23,12 +23,18 @@ from composer_bema.training.config import ConfigError, TrainConfig
 
 __all__ = [
     'CONFIG_FILE',
+    'LOSS_METRIC',
     'METRICS_FILE',
+    'PREFERENCE_METRICS',
+    'WHERE',
     'MetricsFile',
     'check_run_folder',
     'evaluation_curves',
+    'evaluation_of',
     'goes_on',
+    'in_folder',
     'is_below',
+    'perplexity',
     'read_metrics',
     'report',
     'run_folder_of',
@@ -38,6 +44,9 @@ __all__ = [
 CONFIG_FILE = 'config.yaml'
 METRICS_FILE = 'metrics.jsonl'
 CURVES_FILE = 'curves.png'
+
+# The settings that say where a run writes.
+WHERE = ('run_folder', 'save_folder', 'callbacks', 'loggers')
 
 # How far below its run's folder a checkpoint may lie.
 CHECKPOINT_DEPTH = 3
@@ -149,9 +158,26 @@ def run_folder_of(checkpoint: str | Path) -> Path | None:
     return next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
 
 
+def in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Settings with all that lies in their run's folder moved to another one."""
+    old = os.path.normpath(str(config.run_folder))
+    return dataclasses.replace(config, **{key: _moved(getattr(config, key), old, str(folder)) for key in WHERE})
+
+
 def is_below(path: str | Path, folder: str | Path) -> bool:
     """Whether a path leads to a folder or into it, by whatever links."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _moved(value: Any, folder: str, to: str) -> Any:
+    """A setting with the paths in it that lie in one folder moved to the other."""
+    if isinstance(value, Mapping):
+        return {key: _moved(item, folder, to) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, folder, to) for item in value]
+    if isinstance(value, str) and Path(value).is_relative_to(folder):
+        return os.path.normpath(os.path.join(to, os.path.relpath(value, folder)))
+    return value
 
 
 def write_settings(config: TrainConfig, folder: Path) -> None:
@@ -162,13 +188,24 @@ def write_settings(config: TrainConfig, folder: Path) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a killed run left unfinished is passed over."""
+    """The lines of a metrics file; a last line that a killed run left unfinished is passed over.
+
+    Raises:
+        ValueError: Another line is damaged.
+    """
     records = []
-    lines = Path(path).read_text(encoding='utf-8').splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith('\n') and number == len(lines):
-            break
-        records.append(json.loads(line))
+    lines = Path(path).read_bytes().split(b'\n')
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record['batch'], int):
+                raise TypeError('batch')
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"Line {number} of '{path}' is damaged: it is no JSON object with the number of its batch; remove it, "
+                'or restore the file.'
+            ) from error
+        records.append(record)
     return records
 
 
@@ -184,11 +221,17 @@ def evaluation_curves(
     curves: dict[str, dict[int, float]] = {}
     for record in records:
         for name, value in record.items():
-            group, _, rest = name.partition('/')
-            label, _, measured = rest.rpartition('/')
-            if group == 'metrics' and measured == metric and label != 'train':
+            label, measured = evaluation_of(name)
+            if label and measured == metric:
                 curves.setdefault(label, {})[record['batch']] = float(value)
     return {label: sorted(points.items()) for label, points in curves.items()}
+
+
+def evaluation_of(name: str) -> tuple[str, str]:
+    """The evaluator's label and the metric in a name of a metrics file; both are empty for what is no evaluation."""
+    group, _, rest = name.partition('/')
+    label, _, metric = rest.rpartition('/')
+    return (label, metric) if group == 'metrics' and label != 'train' else ('', '')
 
 
 def report(folder: str | Path) -> str:
@@ -210,7 +253,7 @@ def report(folder: str | Path) -> str:
 
 
 def _table_of_losses(curves: Mapping[str, list[tuple[int, float]]]) -> str:
-    rows = [[label, *_last(points)] for label, points in curves.items()]
+    rows = [[label, *points[-1], perplexity(points[-1][1])] for label, points in curves.items()]
     return tabulate(rows, ['evaluator', 'step', 'loss', 'perplexity'], floatfmt=('', '', '.4f', '.3f')) + '\n\n'
 
 
@@ -223,7 +266,7 @@ def _table_of_preferences(records: list[dict[str, Any]]) -> str:
     return tabulate(rows, headers, floatfmt=('', '', '.4f', '.4f', '.3f', '.4f', '.2f', '.2f')) + '\n\n'
 
 
-def _last(points: list[tuple[int, float]]) -> tuple[int, float, float]:
-    step, loss = points[-1]
+def perplexity(loss: float) -> float:
+    """The perplexity of a loss in nats a token."""
     # exp overflows a float above 709.
-    return step, loss, math.exp(loss) if loss < 709 else math.inf
+    return math.inf if loss >= 709 else math.exp(loss)

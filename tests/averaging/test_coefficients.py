@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_bema.averaging.coefficients import fold
+from composer_bema.averaging.coefficients import fold, fold_back
 from composer_bema.averaging.decay import ConstantDecay, HalfLifeDecay, PowerDecay, reference_decay
 from composer_bema.averaging.rules import (
     BEMA,
@@ -103,6 +103,19 @@ def test_rows_by_hand(rule, rows):
     coefficients = fold(rule, 0, range(1, 1 + len(rows)))
     assert coefficients.dtype == np.float64
     np.testing.assert_allclose(coefficients, rows, rtol=0, atol=1e-15)
+
+
+@given(rule=rules, steps=step_lists)
+def test_folded_back_is_the_last_row(rule, steps):
+    updates = list(zip(steps[1:], steps, strict=False))
+    linear_steps = [rule.linear_step(step, step - before, index) for index, (step, before) in enumerate(updates)]
+    last = fold(rule, steps[0], steps[1:])[-1]
+    scale = np.abs(last).max()
+    np.testing.assert_allclose(fold_back(linear_steps, rule.average), last, rtol=0, atol=1e-12 * scale)
+
+
+def test_folded_back_without_an_update_is_the_start():
+    np.testing.assert_array_equal(fold_back([], 'bema'), [1.0])
 
 
 def test_schedules_see_the_steps_of_the_checkpoints():

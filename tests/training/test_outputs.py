@@ -17,6 +17,7 @@ from composer_bema.training.outputs import (
     MetricsFile,
     check_run_folder,
     evaluation_curves,
+    perplexity,
     read_metrics,
     report,
     write_settings,
@@ -68,6 +69,19 @@ def test_the_line_that_a_killed_run_left_unfinished_is_passed_over(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"batch": 1}\n{"bat')
     assert read_metrics(path) == [{'batch': 1}]
+
+
+@pytest.mark.parametrize('line', ['{"ba', '7', '[]', '{}', '{"batch": "1"}', '\xff'])
+def test_a_damaged_line_before_the_last_is_named(tmp_path, line):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes(b'{"batch": 1}\n' + line.encode('latin-1') + b'\n{"batch": 2}\n')
+    with pytest.raises(ValueError, match=f"^Line 2 of '{path}' is damaged: it is no JSON object with the number of"):
+        read_metrics(path)
+
+
+def test_the_perplexity_of_any_loss():
+    assert [perplexity(0.0), perplexity(1e9)] == [1.0, math.inf]
+    assert math.isnan(perplexity(math.nan))
 
 
 def test_curves_are_the_evaluators_and_later_lines_win():
