@@ -97,13 +97,11 @@ def draw_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, prefix:
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.ticker import MaxNLocator
 
     # Text stays text, and equal pictures are equal files.
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix, 'font.size': 9.5}):
-        figure = _figure()
+        figure, axes = _figure_of_curves(x_label, y_label)
         figure.set_size_inches(5, 3)
-        axes = figure.add_subplot()
         for points, (colour, dashes) in zip(curves.values(), cycle(STROKES), strict=False):
             axes.plot(
                 [x for x, _ in points],
@@ -113,10 +111,6 @@ def draw_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, prefix:
                 marker='o' if len(points) <= _FEW_POINTS else '',
                 markersize=3,
             )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(alpha=0.3)
         axes.patch.set_visible(False)
         text = io.StringIO()
         FigureCanvasSVG(figure).print_figure(text, format='svg', facecolor='none')

@@ -9,8 +9,7 @@ Nothing that the folder holds is executed, and of its checkpoints no tensor is r
 
 import dataclasses
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import cycle
 from pathlib import Path
@@ -26,25 +25,19 @@ from composer_bema.algorithms.weight_averaging import WeightAveraging
 from composer_bema.formats.completeness import INCOMPLETE, SavedCheckpoint, saved_checkpoints, why_incomplete
 from composer_bema.formats.composer import open_checkpoint
 from composer_bema.plots import STROKES, draw_curves
-from composer_bema.training.checks import build_named, check_time
-from composer_bema.training.config import ConfigError, TrainConfig, load_config
+from composer_bema.training.config import TrainConfig
 from composer_bema.training.outputs import (
     CONFIG_FILE,
     LOSS_METRIC,
     METRICS_FILE,
     PREFERENCE_METRICS,
-    evaluation_of,
-    in_folder,
     perplexity,
-    read_metrics,
 )
-from composer_bema.training.registry import find_builder
+from composer_bema.training.run_record import Points, Run, check_folder_of_run, read_run
 from composer_bema.training.weighing import Clock, weigh
 from composer_bema.version import __version__
 
 __all__ = ['write_run_page']
-
-Points = list[tuple[int, float]]
 
 TRAINING_LOSS = 'loss/train/total'
 # What the pictures of metrics are called; others by their names.
@@ -100,33 +93,6 @@ class Setting(NamedTuple):
     is_long: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run's folder says."""
-
-    folder: Path
-    config: TrainConfig
-    records: list[dict[str, Any]]
-    averages: list[WeightAveraging]
-    curves: dict[str, Points]
-    """Every number that was logged, by its name and its step; later lines win."""
-
-    @property
-    def evaluations(self) -> dict[str, dict[str, Points]]:
-        """The evaluators' curves, by the metric and by the evaluator."""
-        found: dict[str, dict[str, Points]] = {}
-        for name, points in self.curves.items():
-            label, metric = evaluation_of(name)
-            if label:
-                found.setdefault(metric, {})[label] = points
-        return found
-
-    @property
-    def steps(self) -> int:
-        """The optimizer steps that the last line counts."""
-        return self.records[-1]['batch'] if self.records else 0
-
-
 def write_run_page(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write an HTML page about a run, which takes the place of an older one when it is complete.
 
@@ -144,9 +110,9 @@ def write_run_page(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     path = folder / 'report.html' if out is None else Path(out)
-    _check_folder(folder)
+    check_folder_of_run(folder)
     _check_place(path, folder)
-    text = _render(_read_run(folder))
+    text = _render(read_run(folder))
     unfinished = path.with_name(f'.{path.name}')
     # Of surrogates, which JSON and file names may have, there is no UTF-8.
     unfinished.write_text(text, encoding='utf-8', errors='replace')
@@ -161,49 +127,6 @@ def _check_place(path: Path, folder: Path) -> None:
         raise ValueError(f"'{path}' is a folder: name a file for the page, such as '{path / 'report.html'}'.")
     if any(path.resolve() == (folder / name).resolve() for name in (CONFIG_FILE, METRICS_FILE)):
         raise ValueError(f"'{path}' is a file of the run: name another one for the page.")
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"No such folder of a run: '{folder}'.")
-    if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"'{folder}' is no folder of a run: there is no {CONFIG_FILE} in it.")
-    if not (folder / METRICS_FILE).is_file():
-        raise FileNotFoundError(f"'{folder}' has no {METRICS_FILE}: its run has logged nothing.")
-
-
-def _read_run(folder: Path) -> Run:
-    try:
-        config = in_folder(load_config(folder / CONFIG_FILE), folder)
-        for key in ('max_duration', 'save_interval'):
-            check_time(getattr(config, key), key)
-        named = {name: given for name, given in (config.algorithms or {}).items() if _is_average(name)}
-        averages = build_named('algorithms', named)
-    except ConfigError as error:
-        raise ConfigError(f"The settings of the run in '{folder}' are damaged: {error}") from error
-    records = read_metrics(folder / METRICS_FILE)
-    return Run(folder, config, records, averages, _curves(records))
-
-
-def _is_average(name: str) -> bool:
-    builder = find_builder('algorithms', name, 'algorithms')
-    return isinstance(builder, type) and issubclass(builder, WeightAveraging)
-
-
-def _curves(records: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
-    curves: dict[str, dict[int, float]] = {}
-    for record in records:
-        for name, value in record.items():
-            number = _as_number(value)
-            if number is not None and name not in ('batch', 'epoch', 'token'):
-                curves.setdefault(name, {})[record['batch']] = number
-    return {name: sorted(points.items()) for name, points in curves.items()}
-
-
-def _as_number(value: Any) -> float | None:
-    if isinstance(value, str):
-        return float(value) if value in ('nan', 'inf', '-inf') else None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _render(run: Run) -> str:
@@ -257,7 +180,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _notes(run: Run) -> list[str]:
     """What a reader has to know about the run before its numbers."""
     notes = [_progress(run)]
-    if _is_cut(run.folder / METRICS_FILE):
+    if run.is_cut:
         notes.append(f'The last line of {METRICS_FILE} is unfinished, as a killed run leaves it, and is passed over.')
     if run.records and run.records[0]['batch'] > 0:
         source = f' from {run.config.load_path}' if run.config.load_path else ''
@@ -265,7 +188,7 @@ def _notes(run: Run) -> list[str]:
     notes += [
         f'The run was resumed at step {to}, after step {before} had been logged; of steps that were repeated the later '
         'values are shown.'
-        for before, to in _resumptions(run.records)
+        for before, to in run.resumptions
     ]
     if not run.evaluations:
         notes.append('There are no evaluations in the metrics.')
@@ -276,14 +199,6 @@ def _notes(run: Run) -> list[str]:
         if bad:
             notes.append(f'{name} is not finite at {len(bad)} of {len(points)} steps, the first of which is {bad[0]}.')
     return notes
-
-
-def _is_cut(path: Path) -> bool:
-    with path.open('rb') as file:
-        if not file.seek(0, os.SEEK_END):
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b'\n'
 
 
 def _progress(run: Run) -> str:
@@ -301,17 +216,6 @@ def _progress(run: Run) -> str:
         f'The run has not reached its end: {done:g} of {length.to_timestring()} are done. It goes on, was stopped, or '
         'was killed.'
     )
-
-
-def _resumptions(records: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """The steps before and after each restart: while a run goes on, the step that begins is logged once."""
-    found, before = [], -1
-    for record in records:
-        if 'time/batch' in record:
-            if record['batch'] <= before:
-                found.append((before, record['batch']))
-            before = record['batch']
-    return found
 
 
 def _evaluation_table(run: Run) -> Table | None:
