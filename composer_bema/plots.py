@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['check_folder', 'plot_curves', 'plot_heat_map']
+__all__ = ['check_folder', 'plot_curves', 'plot_curves_with_errors', 'plot_heat_map']
 
 Curve = Sequence[tuple[float, float]]
+CurveWithErrors = Sequence[tuple[float, float, float]]
 
 _FEW_CURVES = 8
 
@@ -26,19 +28,31 @@ def plot_curves(curves: Mapping[str, Curve], path: str | Path, x_label: str, y_l
         x_label: What x is; its ticks are whole numbers where it spans several.
         y_label: What y measures.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _figure()
-    axes = figure.add_subplot()
+    figure, axes = _figure_of_curves(x_label, y_label)
     for name, points in curves.items():
         # A single evaluation is a point, which a line without markers would not show.
         axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker='o', markersize=3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    # What many settings are called would cover the curves.
-    axes.legend(fontsize='medium' if len(curves) <= _FEW_CURVES else 'xx-small')
+    _add_legend(axes, len(curves))
+    _write(figure, path)
+
+
+def plot_curves_with_errors(
+    curves: Mapping[str, CurveWithErrors], path: str | Path, x_label: str, y_label: str
+) -> None:
+    """Draw one line with error bars for each named curve and write a PNG.
+
+    Args:
+        curves: Points (x, y, error) by name, the bars reaching from y - error to y + error; an error that is not a
+            number has no bar. The legend keeps their order.
+        path: The PNG file, in a folder that is there; replaced when it is there itself.
+        x_label: What x is; its ticks are whole numbers where it spans several.
+        y_label: What y measures, and what the bars show.
+    """
+    figure, axes = _figure_of_curves(x_label, y_label)
+    for name, points in curves.items():
+        x, y, errors = ([point[part] for point in points] for part in range(3))
+        axes.errorbar(x, y, yerr=errors, label=name, marker='o', markersize=3, capsize=2, elinewidth=1)
+    _add_legend(axes, len(curves))
     _write(figure, path)
 
 
@@ -95,6 +109,23 @@ def _figure() -> 'Figure':
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7, 4.5), layout='constrained')
+
+
+def _figure_of_curves(x_label: str, y_label: str) -> 'tuple[Figure, Axes]':
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _add_legend(axes: 'Axes', curves: int) -> None:
+    # What many settings are called would cover the curves.
+    axes.legend(fontsize='medium' if curves <= _FEW_CURVES else 'xx-small')
 
 
 def _write(figure: 'Figure', path: str | Path) -> None:

@@ -3,11 +3,12 @@
 
 """Pictures."""
 
+import math
 import sys
 
 import pytest
 
-from composer_bema.plots import check_folder, plot_curves, plot_heat_map
+from composer_bema.plots import check_folder, plot_curves, plot_curves_with_errors, plot_heat_map
 
 
 @pytest.mark.parametrize('curves', [{'ema': [(1, 2.0), (2, 1.5)], 'bema': [(1, 1.9)]}, {'one': []}])
@@ -41,6 +42,26 @@ def test_many_curves_have_a_small_legend(tmp_path):
     curves = {f'bema ema_power={n / 100} bias_power=0.4': [(1, n), (2, -n)] for n in range(40)}
     plot_curves(curves, tmp_path / 'curves.png', 'step', 'loss')
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_curves_have_their_errors_as_bars(tmp_path, monkeypatch):
+    """Each bar reaches as far down as up, and an error that is not a number has none."""
+    drawn = []
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    curves = {'ema': [(0, 2.0, math.nan), (25, 1.5, 0.25)], 'bema': [(25, 1.25, 0.5)]}
+    plot_curves_with_errors(curves, tmp_path / 'x.png', 'step', 'loss')
+    axes = drawn[0].axes[0]
+    ema, bema = ([segment.tolist() for segment in bars.get_segments()] for bars in axes.collections)
+    assert ema[-1] == [[25, 1.25], [25, 1.75]] and all(math.isnan(end) for _, end in ema[0])
+    assert bema == [[[25, 0.75], [25, 1.75]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ['ema', 'bema']
+
+
+def test_curves_with_errors_become_a_png(tmp_path):
+    path = tmp_path / 'curves.png'
+    plot_curves_with_errors({'bema': [(0, 2.0, 0.1), (5, 1.5, 0.2)]}, path, 'step', 'loss')
+    assert path.read_bytes().startswith(b'\x89PNG')
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
