@@ -3,15 +3,16 @@
 
 """Pictures of a run."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['check_folder', 'plot_curves', 'plot_curves_with_errors', 'plot_heat_map']
+__all__ = ['Panel', 'check_folder', 'plot_curves', 'plot_curves_with_errors', 'plot_heat_map', 'plot_panels']
 
 Curve = Sequence[tuple[float, float]]
 CurveWithErrors = Sequence[tuple[float, float, float]]
@@ -28,10 +29,12 @@ def plot_curves(curves: Mapping[str, Curve], path: str | Path, x_label: str, y_l
         x_label: What x is; its ticks are whole numbers where it spans several.
         y_label: What y measures.
     """
-    figure, axes = _figure_of_curves(x_label, y_label)
+    figure = _figure()
+    axes = figure.add_subplot()
     for name, points in curves.items():
         # A single evaluation is a point, which a line without markers would not show.
         axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker='o', markersize=3)
+    _label(axes, x_label, y_label)
     _add_legend(axes, len(curves))
     _write(figure, path)
 
@@ -48,11 +51,40 @@ def plot_curves_with_errors(
         x_label: What x is; its ticks are whole numbers where it spans several.
         y_label: What y measures, and what the bars show.
     """
-    figure, axes = _figure_of_curves(x_label, y_label)
-    for name, points in curves.items():
-        x, y, errors = ([point[part] for point in points] for part in range(3))
-        axes.errorbar(x, y, yerr=errors, label=name, marker='o', markersize=3, capsize=2, elinewidth=1)
-    _add_legend(axes, len(curves))
+    plot_panels([[Panel(curves, y_label)]], path, x_label)
+
+
+class Panel(NamedTuple):
+    """One of several pictures on a page: curves with error bars, as `plot_curves_with_errors` draws them."""
+
+    curves: Mapping[str, CurveWithErrors]
+    y_label: str
+    title: str = ''
+    level: float | None = None
+    """Where a dashed line runs across."""
+
+
+def plot_panels(rows: Sequence[Sequence[Panel]], path: str | Path, x_label: str) -> None:
+    """Draw panels in rows, with one axis of x for all, and write a PNG.
+
+    Args:
+        rows: The panels, as many in each row.
+        path: The PNG file, in a folder that is there; replaced when it is there itself.
+        x_label: What x is; its ticks are whole numbers where it spans several.
+    """
+    figure = _figure(columns=len(rows[0]), rows=len(rows))
+    grid = figure.subplots(len(rows), len(rows[0]), sharex=True, squeeze=False)
+    for panel, axes in zip(itertools.chain(*rows), grid.flat, strict=True):
+        for name, points in panel.curves.items():
+            x, y, errors = ([point[part] for point in points] for part in range(3))
+            axes.errorbar(x, y, yerr=errors, label=name, marker='o', markersize=3, capsize=2, elinewidth=1)
+        if panel.level is not None:
+            axes.axhline(panel.level, color='black', linestyle='--', linewidth=1)
+        axes.set_title(panel.title)
+        _label(axes, '', panel.y_label)
+        _add_legend(axes, len(panel.curves))
+    for axes in grid[-1]:
+        axes.set_xlabel(x_label)
     _write(figure, path)
 
 
@@ -104,23 +136,22 @@ def check_folder(path: str | Path) -> None:
         raise FileNotFoundError(f"There is no folder '{folder}' for the picture '{path}': make it, or name another.")
 
 
-def _figure() -> 'Figure':
+def _figure(columns: int = 1, rows: int = 1) -> 'Figure':
     # Drawn without pyplot: no window system is touched, and no figure of the caller's is disturbed.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(7, 4.5), layout='constrained')
+    # Panels beside each other are smaller than a picture of its own.
+    scale = 1 if columns == 1 else 0.6
+    return Figure(figsize=(7 * scale * columns, 4.5 * scale * rows), layout='constrained')
 
 
-def _figure_of_curves(x_label: str, y_label: str) -> 'tuple[Figure, Axes]':
+def _label(axes: 'Axes', x_label: str, y_label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure()
-    axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    return figure, axes
 
 
 def _add_legend(axes: 'Axes', curves: int) -> None:

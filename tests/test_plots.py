@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from composer_bema.plots import check_folder, plot_curves, plot_curves_with_errors, plot_heat_map
+from composer_bema.plots import Panel, check_folder, plot_curves, plot_curves_with_errors, plot_heat_map, plot_panels
 
 
 @pytest.mark.parametrize('curves', [{'ema': [(1, 2.0), (2, 1.5)], 'bema': [(1, 1.9)]}, {'one': []}])
@@ -62,6 +62,21 @@ def test_curves_with_errors_become_a_png(tmp_path):
     plot_curves_with_errors({'bema': [(0, 2.0, 0.1), (5, 1.5, 0.2)]}, path, 'step', 'loss')
     assert path.read_bytes().startswith(b'\x89PNG')
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_panels_stand_in_rows_over_one_axis(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    points = {'bema': [(0, 2.0, 0.1), (200, 1.5, 0.1)]}
+    upper = [Panel(points, 'loss', 'noisy'), Panel(points, 'loss', 'quiet')]
+    lower = [Panel({'ema - bema': [(100, 0.5, 0.1)]}, 'difference', level=0), Panel(points, 'difference')]
+    plot_panels([upper, lower], tmp_path / 'x.png', 'step')
+    axes = drawn[0].axes
+    assert [each.get_title() for each in axes] == ['noisy', 'quiet', '', '']
+    assert [each.get_xlabel() for each in axes] == ['', '', 'step', 'step']
+    assert all(each.get_xlim() == axes[0].get_xlim() for each in axes)
+    (level,) = [line for line in axes[2].lines if line.get_linestyle() == '--']
+    assert set(level.get_ydata()) == {0}
 
 
 @pytest.mark.parametrize(
