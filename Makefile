@@ -22,7 +22,7 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study cooldowns bench-offline test test-kills test-trl lint format hooks clean
+.PHONY: help install quickstart study cooldowns evidence-language-model evidence-digits bench-offline test test-kills test-trl lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -38,6 +38,12 @@ study: $(INSTALLED)  ## Tune the quickstart's averages again, over seeds: the ta
 
 cooldowns: $(INSTALLED)  ## Train one long run, three branches with a cooldown and averages: docs/cooldowns.md, in eleven minutes
 	$(VENV)/bin/python benchmarks/cooldowns.py
+
+evidence-language-model: $(INSTALLED)  ## Compare EMA and BEMA on a language model over five seeds: docs/evidence.md, in 13 minutes
+	$(VENV)/bin/python benchmarks/evidence_language_model.py
+
+evidence-digits: $(INSTALLED)  ## The same on a classifier with BatchNorm: docs/evidence.md, in four minutes
+	$(VENV)/bin/python benchmarks/evidence_digits.py
 
 bench-offline: $(INSTALLED)  ## Measure averaging ten checkpoints offline: the table of docs/offline.md, 10 GB of disk
 	$(VENV)/bin/python benchmarks/offline.py

@@ -37,14 +37,11 @@ from over_seeds import (
     best_settings,
     curve_over_seeds,
     describe,
-    markdown,
-    mean_record,
     parse_seeds,
     read_lines,
     select,
-    standard_error,
-    steps_saved,
-    steps_to_best_ema,
+    table_of_seeds,
+    table_of_steps,
     write_lines,
 )
 
@@ -215,31 +212,6 @@ def with_gain(record: Record) -> Record:
     return {**record, 'ema - bema': record['ema'] - record['bema']}
 
 
-def table_at(records: Sequence[Record], columns: Sequence[str]) -> str:
-    """Every seed, then the mean and the standard error between seeds."""
-    errors = {column: standard_error([record[column] for record in records]) for column in columns}
-    mean = {'seed': 'mean', **mean_record(records, columns)}
-    return markdown([*records, mean, {'seed': 'standard error', **errors}], ['seed', *columns])
-
-
-def table_of_steps(records: Sequence[Record]) -> str:
-    """When each method reaches its seed's best EMA, seed by seed, and how many steps BEMA saves."""
-    rows: list[dict[str, Any]] = []
-    for seed in dict.fromkeys(record['seed'] for record in records):
-        own = select(records, seed=seed)
-        target = min(record['ema'] for record in own)
-        rows.append({'seed': seed, 'best EMA': target, **steps_to_best_ema(own), 'saved': steps_saved(own)})
-    saved = [row['saved'] for row in rows]
-    if None not in saved:
-        mean, error = sum(saved) / len(saved), standard_error(saved)
-        blank = dict.fromkeys(rows[0])
-        rows += [
-            {**blank, 'seed': 'mean', 'saved': f'{mean:.1f}'},
-            {**blank, 'seed': 'standard error', 'saved': f'{error:.1f}'},
-        ]
-    return markdown(rows)
-
-
 def report(records: Sequence[Record], early: Sequence[Record], chosen: Mapping[str, Mapping[int, Settings]]) -> str:
     """The tables, as a page."""
     parts = []
@@ -247,11 +219,17 @@ def report(records: Sequence[Record], early: Sequence[Record], chosen: Mapping[s
         own, last = select(records, regime=regime), max(by_length)
         settings = '; '.join(f'{length}: {", ".join(map(describe, s.values()))}' for length, s in by_length.items())
         parts += [f'## {regime} ({REGIMES[regime]})', f'Chosen, for a run of so many steps: {settings}.']
-        parts += [f'Loss at step {last}, in nats a byte:', table_at(select(own, step=last), [*METHODS, 'ema - bema'])]
+        parts += [
+            f'Loss at step {last}, in nats a byte:',
+            table_of_seeds(select(own, step=last), [*METHODS, 'ema - bema']),
+        ]
         parts += ['The first step at or below the best loss of the EMA:', table_of_steps(own)]
         for length in (length for length in by_length if length < last):
             shorter = select(early, regime=regime, step=length)
-            parts += [f'Chosen for {length} steps, at step {length}:', table_at(shorter, ['ema', 'bema', 'ema - bema'])]
+            parts += [
+                f'Chosen for {length} steps, at step {length}:',
+                table_of_seeds(shorter, ['ema', 'bema', 'ema - bema']),
+            ]
     return '\n\n'.join(part.rstrip('\n') for part in parts) + '\n'
 
 

@@ -82,17 +82,39 @@ def describe(setting: Mapping[str, Any]) -> str:
     return ', '.join([TITLES[setting['rule']], *options])
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = (), digits: int = 4) -> str:
-    """A Markdown table of rows; floats get that many digits, and None a dash."""
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """A Markdown table of rows; floats have four digits, and None is a dash."""
     columns = columns or list(rows[0])
-    cells = [[_as_text(row[column], digits) for column in columns] for row in rows]
+    cells = [[_as_text(row[column]) for column in columns] for row in rows]
     return tabulate(cells, columns, tablefmt='github', disable_numparse=True, stralign='right') + '\n'
 
 
-def _as_text(value: Any, digits: int) -> str:
+def table_of_seeds(records: Sequence[Record], columns: Sequence[str]) -> str:
+    """Every seed, then the mean and the standard error between seeds."""
+    errors = {column: standard_error([record[column] for record in records]) for column in columns}
+    mean = mean_record(records, columns)
+    return markdown([*records, {'seed': 'mean', **mean}, {'seed': 'standard error', **errors}], ['seed', *columns])
+
+
+def table_of_steps(records: Sequence[Record]) -> str:
+    """When each method reaches its seed's best EMA, seed by seed, and how many steps BEMA saves."""
+    rows: list[dict[str, Any]] = []
+    for seed in dict.fromkeys(record['seed'] for record in records):
+        own = select(records, seed=seed)
+        best = min(record['ema'] for record in own)
+        rows.append({'seed': seed, 'best EMA': best, **steps_to_best_ema(own), 'saved': steps_saved(own)})
+    saved = [row['saved'] for row in rows]
+    if None not in saved:
+        blank = dict.fromkeys(rows[0])
+        rows.append({**blank, 'seed': 'mean', 'saved': f'{statistics.fmean(saved):.1f}'})
+        rows.append({**blank, 'seed': 'standard error', 'saved': f'{standard_error(saved):.1f}'})
+    return markdown(rows)
+
+
+def _as_text(value: Any) -> str:
     if value is None:
         return '-'
-    return f'{value:.{digits}f}' if isinstance(value, float) else str(value)
+    return f'{value:.4f}' if isinstance(value, float) else str(value)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
