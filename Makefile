@@ -26,7 +26,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 32
 
 install: $(INSTALLED)  ## Make .venv with the package (editable) and what its tests need
 

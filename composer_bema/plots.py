@@ -35,7 +35,8 @@ def plot_curves(curves: Mapping[str, Curve], path: str | Path, x_label: str, y_l
         # A single evaluation is a point, which a line without markers would not show.
         axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker='o', markersize=3)
     _label(axes, x_label, y_label)
-    _add_legend(axes, len(curves))
+    # What many settings are called would cover the curves.
+    axes.legend(fontsize='medium' if len(curves) <= _FEW_CURVES else 'xx-small')
     _write(figure, path)
 
 
@@ -82,7 +83,7 @@ def plot_panels(rows: Sequence[Sequence[Panel]], path: str | Path, x_label: str)
             axes.axhline(panel.level, color='black', linestyle='--', linewidth=1)
         axes.set_title(panel.title)
         _label(axes, '', panel.y_label)
-        _add_legend(axes, len(panel.curves))
+        axes.legend(fontsize='small')
     for axes in grid[-1]:
         axes.set_xlabel(x_label)
     _write(figure, path)
@@ -152,11 +153,6 @@ def _label(axes: 'Axes', x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-
-
-def _add_legend(axes: 'Axes', curves: int) -> None:
-    # What many settings are called would cover the curves.
-    axes.legend(fontsize='medium' if curves <= _FEW_CURVES else 'xx-small')
 
 
 def _write(figure: 'Figure', path: str | Path) -> None:
