@@ -86,6 +86,8 @@ def plot_panels(rows: Sequence[Sequence[Panel]], path: str | Path, x_label: str)
         axes.legend(fontsize='small')
     for axes in grid[-1]:
         axes.set_xlabel(x_label)
+    # A page of panels at 150 dots an inch would be half a megabyte.
+    figure.set_dpi(150 if grid.size == 1 else 90)
     _write(figure, path)
 
 
@@ -143,7 +145,7 @@ def _figure(columns: int = 1, rows: int = 1) -> 'Figure':
 
     # Panels beside each other are smaller than a picture of its own.
     scale = 1 if columns == 1 else 0.6
-    return Figure(figsize=(7 * scale * columns, 4.5 * scale * rows), layout='constrained')
+    return Figure(figsize=(7 * scale * columns, 4.5 * scale * rows), layout='constrained', dpi=150)
 
 
 def _label(axes: 'Axes', x_label: str, y_label: str) -> None:
@@ -161,5 +163,5 @@ def _write(figure: 'Figure', path: str | Path) -> None:
     check_folder(path)
     path = Path(path)
     unfinished = path.with_name(f'.{path.name}')
-    FigureCanvasAgg(figure).print_figure(unfinished, dpi=150, format='png')
+    FigureCanvasAgg(figure).print_figure(unfinished, dpi=figure.dpi, format='png')
     unfinished.replace(path)
