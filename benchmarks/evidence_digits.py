@@ -61,6 +61,7 @@ OUT = Path('runs/evidence/digits')
 STEPS = 400
 INTERVAL = 5  # steps from one update of an average to the next
 EVALUATE_EVERY = 10  # steps
+DRAW_EVERY = 20  # steps
 # At the higher rate the last step's weights differ so much between runs that one of them would choose by chance.
 TUNING_SEEDS = (0, 6, 7)
 BATCH_SIZE = 8
@@ -291,7 +292,7 @@ def comparison(case: Case, records: Sequence[Record], recomputed: Sequence[Recor
 def draw(records: Sequence[Record], cases: Sequence[Case], steps: int, path: Path) -> None:
     """Draw loss and accuracy over the steps, a column for each case."""
     # The beginning would leave no room for what differs.
-    records = [record for record in records if record['step'] >= steps / 4]
+    records = [record for record in records if record['step'] >= steps / 4 and record['step'] % DRAW_EVERY == 0]
     labels = {'loss': 'test loss (nats)', 'accuracy': 'test accuracy'}
     rows = []
     for name, label in labels.items():
