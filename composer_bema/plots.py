@@ -87,7 +87,7 @@ def plot_panels(rows: Sequence[Sequence[Panel]], path: str | Path, x_label: str)
     for axes in grid[-1]:
         axes.set_xlabel(x_label)
     # A page of panels at 150 dots an inch would be half a megabyte.
-    figure.set_dpi(150 if grid.size == 1 else 90)
+    figure.set_dpi(150 if grid.size == 1 else 80)
     _write(figure, path)
 
 
