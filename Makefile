@@ -22,11 +22,11 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study cooldowns evidence-theory bench-offline test test-kills test-trl lint format hooks clean
+.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline test test-kills test-trl lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 32
 
 install: $(INSTALLED)  ## Make .venv with the package (editable) and what its tests need
 
@@ -39,8 +39,16 @@ study: $(INSTALLED)  ## Tune the quickstart's averages again, over seeds: the ta
 cooldowns: $(INSTALLED)  ## Train one long run, three branches with a cooldown and averages: docs/cooldowns.md, in eleven minutes
 	$(VENV)/bin/python benchmarks/cooldowns.py
 
+evidence: evidence-theory evidence-language-model evidence-digits  ## All of docs/evidence.md, in under half an hour
+
 evidence-theory: $(INSTALLED)  ## Compute and simulate the averages' errors on quadratics: runs/evidence/theory, in a minute
 	$(VENV)/bin/python benchmarks/evidence_theory.py
+
+evidence-language-model: $(INSTALLED)  ## Compare EMA and BEMA on a language model over five seeds: docs/evidence.md, in 13 minutes
+	$(VENV)/bin/python benchmarks/evidence_language_model.py
+
+evidence-digits: $(INSTALLED)  ## The same on a classifier with BatchNorm: docs/evidence.md, in four minutes
+	$(VENV)/bin/python benchmarks/evidence_digits.py
 
 bench-offline: $(INSTALLED)  ## Measure averaging ten checkpoints offline: the table of docs/offline.md, 10 GB of disk
 	$(VENV)/bin/python benchmarks/offline.py

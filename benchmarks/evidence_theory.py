@@ -42,7 +42,7 @@ from composer_bema.averaging import (
     fold,
     ouema_rule,
 )
-from composer_bema.plots import plot_panels
+from composer_bema.plots import plot_log_panels
 
 OUT = Path('runs/evidence/theory')
 
@@ -532,7 +532,7 @@ def main(paths: int, seed: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_curves(results, out / 'curves.csv')
     (out / 'tables.md').write_text(tables(results), encoding='utf-8')
-    plot_panels(panels(results), out / 'theory.png', 't (steps)', 'mean squared error', STYLES)
+    plot_log_panels(panels(results), out / 'theory.png', 't (steps)', 'mean squared error', STYLES)
     click.echo(tables(results))
     click.echo(f'All of it: {out}')
 

@@ -16,18 +16,17 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import torch
 from composer.core import Callback, State, Time
 from composer.loggers import Logger
-from tabulate import tabulate
+from over_seeds import Record, markdown, mean_record, parse_seeds, standard_error
 
 from composer_bema import functional as cf
 from composer_bema.training.config import TrainConfig, load_config
@@ -46,7 +45,6 @@ COLUMNS = ('training', 'ema', 'bema', 'ema - bema')
 Weights = dict[str, torch.Tensor]
 BlockLosses = torch.Tensor
 """Mean loss of each held-out block, in nats a token."""
-Record = dict[str, Any]
 
 
 class Setting(NamedTuple):
@@ -216,30 +214,19 @@ def report(seed: int, pairs: Pairs, overrides: Sequence[str]) -> list[Record]:
         means = {'training': losses['training'][step], 'ema': ema, 'bema': bema, 'ema - bema': ema - bema}
         record: Record = {'pair': name, 'seed': seed, 'step': step}
         record |= {column: values.mean().item() for column, values in means.items()}
-        records.append(record | {'SE': _standard_error(ema - bema)})
+        records.append(record | {'SE': standard_error((ema - bema).tolist())})
     return records
 
 
-def mean_record(records: Sequence[Record]) -> Record:
+def mean_of(records: Sequence[Record]) -> Record:
     """The mean over seeds, with the standard error between them (not a number for one seed)."""
-    mean = {column: sum(r[column] for r in records) / len(records) for column in COLUMNS}
-    gains = torch.tensor([r['ema - bema'] for r in records], dtype=torch.float64)
-    return {'seed': 'mean', 'step': records[0]['step'], **mean, 'SE': _standard_error(gains)}
-
-
-def _standard_error(values: torch.Tensor) -> float:
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    gains = [record['ema - bema'] for record in records]
+    return {'seed': 'mean', 'step': records[0]['step'], **mean_record(records, COLUMNS), 'SE': standard_error(gains)}
 
 
 def show(records: Sequence[Record], columns: Sequence[str] = ()) -> None:
     """Print records as a Markdown table."""
-    columns = columns or list(records[0])
-    rows = [[_as_text(record[column]) for column in columns] for record in records]
-    click.echo(tabulate(rows, columns, tablefmt='github', disable_numparse=True, stralign='right') + '\n')
-
-
-def _as_text(value: Any) -> str:
-    return f'{value:.4f}' if isinstance(value, float) else str(value)
+    click.echo(markdown(records, columns) + '\n')
 
 
 def show_tuning(ranked: dict[str, dict[str, list[tuple[float, Setting]]]]) -> None:
@@ -256,28 +243,20 @@ def show_report(pair: dict[str, Setting], records: Sequence[Record]) -> int:
     final = [record for record in records if record['step'] == last]
     click.echo(f'{pair["ema"]} and {pair["bema"]} at step {last}, odd held-out blocks;')
     click.echo('SE is that of ema - bema over blocks, in the last row over seeds\n')
-    show([*final, mean_record(final)], ['seed', *COLUMNS, 'SE'])
+    show([*final, mean_of(final)], ['seed', *COLUMNS, 'SE'])
     click.echo('The mean over seeds, and the first of them, along the way\n')
     by_step = itertools.groupby(sorted(records, key=lambda record: record['step']), key=lambda record: record['step'])
-    show([mean_record(list(group)) for _, group in by_step], ['step', *COLUMNS, 'SE'])
+    show([mean_of(list(group)) for _, group in by_step], ['step', *COLUMNS, 'SE'])
     show([record for record in records if record['seed'] == records[0]['seed']], ['step', *COLUMNS, 'SE'])
     holds = sum(r['bema'] < r['ema'] < r['training'] for r in final)
     click.echo(f'bema < ema < training at step {last} on {holds} of {len(final)} seeds.\n')
     return holds
 
 
-def _seeds(context: click.Context, option: click.Parameter, value: str) -> list[int]:
-    del context, option
-    try:
-        return [int(seed) for seed in value.split(',')]
-    except ValueError as error:
-        raise click.BadParameter(f'seeds are integers with commas between them, not {value!r}') from error
-
-
 @click.command(context_settings={'help_option_names': ['-h', '--help']})
 @click.argument('overrides', nargs=-1, metavar='[KEY=VALUE]...')
-@click.option('--tuning-seed', 'tuning_seeds', default='0', callback=_seeds, help='One, or several to average over.')
-@click.option('--seeds', default='1,2,3,4,5', callback=_seeds, help='The seeds to report.')
+@click.option('--tuning-seed', 'tuning_seeds', default='0', callback=parse_seeds, help='One or several.')
+@click.option('--seeds', default='1,2,3,4,5', callback=parse_seeds, help='The seeds to report.')
 @click.option('--out', default='runs/quickstart_study.json', type=click.Path(dir_okay=False, path_type=Path))
 def main(overrides: tuple[str, ...], tuning_seeds: list[int], seeds: list[int], out: Path) -> None:
     """Tune EMA and BEMA in the quickstart, report both on other seeds and text; KEY=VALUE overrides its settings."""

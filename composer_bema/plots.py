@@ -4,11 +4,11 @@
 """Pictures of a run."""
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     'STROKES',
+    'Panel',
     'check_folder',
     'draw_curves',
     'plot_curves',
     'plot_curves_with_errors',
     'plot_heat_map',
+    'plot_log_panels',
     'plot_panels',
 ]
 
@@ -72,12 +74,7 @@ def plot_curves_with_errors(
         x_label: What x is; its ticks are whole numbers where it spans several.
         y_label: What y measures, and what the bars show.
     """
-    figure, axes = _figure_of_curves(x_label, y_label)
-    for name, points in curves.items():
-        x, y, errors = ([point[part] for point in points] for part in range(3))
-        axes.errorbar(x, y, yerr=errors, label=name, marker='o', markersize=3, capsize=2, elinewidth=1)
-    _add_legend(axes, len(curves))
-    _write(figure, path)
+    plot_panels([[Panel(curves, y_label)]], path, x_label)
 
 
 def draw_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, prefix: str) -> str:
@@ -102,7 +99,7 @@ def draw_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, prefix:
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix, 'font.size': 9.5}):
         figure, axes = _figure_of_curves(x_label, y_label)
         figure.set_size_inches(5, 3)
-        for points, (colour, dashes) in zip(curves.values(), cycle(STROKES), strict=False):
+        for points, (colour, dashes) in zip(curves.values(), itertools.cycle(STROKES), strict=False):
             axes.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
@@ -126,6 +123,44 @@ def _as_element(document: str, prefix: str) -> str:
     view = re.search(r'viewBox="[^"]*"', body)
     assert view is not None, 'matplotlib writes one'
     return re.sub(r'<svg[^>]*>', f'<svg class="picture" {view[0]}>', body, count=1).strip()
+
+
+class Panel(NamedTuple):
+    """One of several pictures on a page: curves with error bars, as `plot_curves_with_errors` draws them."""
+
+    curves: Mapping[str, CurveWithErrors]
+    y_label: str
+    title: str = ''
+    level: float | None = None
+    """Where a dashed line runs across."""
+
+
+def plot_panels(rows: Sequence[Sequence[Panel]], path: str | Path, x_label: str) -> None:
+    """Draw panels in rows, with one axis of x for all, and write a PNG.
+
+    Args:
+        rows: The panels, as many in each row.
+        path: The PNG file, in a folder that is there; replaced when it is there itself.
+        x_label: What x is; its ticks are whole numbers where it spans several.
+    """
+    columns = len(rows[0])
+    # Panels beside each other are smaller than a picture of its own.
+    scale = 1 if columns == 1 else 0.6
+    figure = _figure(7 * scale * columns, 4.5 * scale * len(rows))
+    grid = figure.subplots(len(rows), len(rows[0]), sharex=True, squeeze=False)
+    for panel, axes in zip(itertools.chain(*rows), grid.flat, strict=True):
+        for name, points in panel.curves.items():
+            x, y, errors = ([point[part] for point in points] for part in range(3))
+            axes.errorbar(x, y, yerr=errors, label=name, marker='o', markersize=3, capsize=2, elinewidth=1)
+        if panel.level is not None:
+            axes.axhline(panel.level, color='black', linestyle='--', linewidth=1)
+        axes.set_title(panel.title)
+        _label(axes, '', panel.y_label)
+        axes.legend(fontsize='small')
+    for axes in grid[-1]:
+        axes.set_xlabel(x_label)
+    # A page of panels at 150 dots an inch would be half a megabyte.
+    _write(figure, path, dpi=150 if grid.size == 1 else 80)
 
 
 def plot_heat_map(
@@ -165,7 +200,7 @@ def plot_heat_map(
     _write(figure, path)
 
 
-def plot_panels(
+def plot_log_panels(
     panels: Mapping[tuple[str, str], Mapping[str, Curve]],
     path: str | Path,
     x_label: str,
@@ -221,15 +256,19 @@ def _figure(width: float = 7, height: float = 4.5) -> 'Figure':
 
 
 def _figure_of_curves(x_label: str, y_label: str) -> 'tuple[Figure, Axes]':
-    from matplotlib.ticker import MaxNLocator
-
     figure = _figure()
     axes = figure.add_subplot()
+    _label(axes, x_label, y_label)
+    return figure, axes
+
+
+def _label(axes: 'Axes', x_label: str, y_label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    return figure, axes
 
 
 def _add_legend(axes: 'Axes', curves: int) -> None:

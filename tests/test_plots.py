@@ -12,11 +12,13 @@ import pytest
 
 from composer_bema.plots import (
     STROKES,
+    Panel,
     check_folder,
     draw_curves,
     plot_curves,
     plot_curves_with_errors,
     plot_heat_map,
+    plot_log_panels,
     plot_panels,
 )
 
@@ -38,7 +40,7 @@ def test_no_window_system_is_touched(tmp_path, monkeypatch):
 
 def test_flops_as_x_are_a_number_and_a_power_of_ten(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path, dpi=150: drawn.append(figure))
     plot_curves(
         {'bema': [(step * 3.7e17, 4 - step) for step in range(4)]}, tmp_path / 'x.png', 'training FLOPs', 'loss'
     )
@@ -57,7 +59,7 @@ def test_many_curves_have_a_small_legend(tmp_path):
 def test_curves_have_their_errors_as_bars(tmp_path, monkeypatch):
     """Each bar reaches as far down as up, and an error that is not a number has none."""
     drawn = []
-    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path, dpi=150: drawn.append(figure))
     curves = {'ema': [(0, 2.0, math.nan), (25, 1.5, 0.25)], 'bema': [(25, 1.25, 0.5)]}
     plot_curves_with_errors(curves, tmp_path / 'x.png', 'step', 'loss')
     axes = drawn[0].axes[0]
@@ -72,6 +74,21 @@ def test_curves_with_errors_become_a_png(tmp_path):
     plot_curves_with_errors({'bema': [(0, 2.0, 0.1), (5, 1.5, 0.2)]}, path, 'step', 'loss')
     assert path.read_bytes().startswith(b'\x89PNG')
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_panels_stand_in_rows_over_one_axis(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path, dpi=150: drawn.append(figure))
+    points = {'bema': [(0, 2.0, 0.1), (200, 1.5, 0.1)]}
+    upper = [Panel(points, 'loss', 'noisy'), Panel(points, 'loss', 'quiet')]
+    lower = [Panel({'ema - bema': [(100, 0.5, 0.1)]}, 'difference', level=0), Panel(points, 'difference')]
+    plot_panels([upper, lower], tmp_path / 'x.png', 'step')
+    axes = drawn[0].axes
+    assert [each.get_title() for each in axes] == ['noisy', 'quiet', '', '']
+    assert [each.get_xlabel() for each in axes] == ['', '', 'step', 'step']
+    assert all(each.get_xlim() == axes[0].get_xlim() for each in axes)
+    (level,) = [line for line in axes[2].lines if line.get_linestyle() == '--']
+    assert set(level.get_ydata()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +110,7 @@ def test_cells_become_a_heat_map(tmp_path, cells):
 def test_a_heat_map_has_its_numbers_in_their_cells(tmp_path, monkeypatch):
     """The columns are x and the rows y, upward, and the lowest value is bold."""
     drawn = []
-    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path, dpi=150: drawn.append(figure))
     plot_heat_map({(0.5, 2): 1.5, (0.25, 2): 2.0, (0.5, 1): 3.0}, tmp_path / 'map.png', 'x', 'y', 'loss')
     axes = drawn[0].axes[0]
     texts = {text.get_position(): (text.get_text(), text.get_fontweight()) for text in axes.texts}
@@ -112,7 +129,7 @@ def test_panels_share_one_legend_in_the_order_of_the_styles(tmp_path, monkeypatc
         ('much noise', 'steep'): {'bema': [(1, 100.0), (float('nan'), float('nan')), (10, 200.0)]},
     }
     styles = {'bema': {'color': 'red'}, 'ema': {'color': 'blue', 'linestyle': '--'}, 'absent': {}}
-    plot_panels(panels, tmp_path / 'panels.png', 'step', 'error', styles)
+    plot_log_panels(panels, tmp_path / 'panels.png', 'step', 'error', styles)
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ['bema', 'ema']
     flat, steep, nothing, noisy = drawn[0].axes
@@ -125,7 +142,7 @@ def test_panels_share_one_legend_in_the_order_of_the_styles(tmp_path, monkeypatc
 
 
 def test_panels_become_a_png(tmp_path):
-    plot_panels({('a', 'b'): {'ema': [(1, 2.0)]}}, tmp_path / 'panels.png', 'x', 'y', {'ema': {}})
+    plot_log_panels({('a', 'b'): {'ema': [(1, 2.0)]}}, tmp_path / 'panels.png', 'x', 'y', {'ema': {}})
     assert (tmp_path / 'panels.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -143,7 +160,7 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
 def test_ticks_are_whole_numbers_where_there_are_several(tmp_path, monkeypatch):
     """Of steps they are, and of a power between 0 and 1 they cannot be."""
     drawn = []
-    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr('composer_bema.plots._write', lambda figure, path, dpi=150: drawn.append(figure))
     for last in (6, 0.6):
         plot_curves({'a': [(last / 3, 1), (last, 2)]}, tmp_path / 'x.png', 'x', 'y')
     steps, powers = (figure.axes[0].get_xticks() for figure in drawn)

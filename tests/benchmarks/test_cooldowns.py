@@ -4,24 +4,16 @@
 """The page on cooldowns, in a minute: its commands one after the other, over a run of forty steps."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-STUDY = ROOT / 'benchmarks' / 'cooldowns.py'
+from tests.benchmarks.studies import ROOT, run_study
 
 
 def study(*arguments: str, cwd: Path) -> str:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, str(STUDY), *arguments]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return run_study('cooldowns.py', *arguments, cwd=cwd)
 
 
 def test_the_page_prints_the_commands_that_are_run():
