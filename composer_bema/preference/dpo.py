@@ -109,7 +109,7 @@ class DPO(HuggingFaceModel):
             self.reference_model = frozen_copy(model)
             names = canonical_names(model, list(model.state_dict()))
             self._reference_names = {_POLICY + n: _REFERENCE + n for n in names}
-            self.register_load_state_dict_pre_hook(_start_reference_from_policy)
+        self.register_load_state_dict_pre_hook(_start_reference_from_policy)
 
     def train(self, mode: bool = True) -> DPO:
         """Leaves the reference without dropout."""
@@ -214,13 +214,20 @@ def _check_shape(input_ids: torch.Tensor) -> None:
 
 
 def _start_reference_from_policy(model: DPO, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Completes the weights of a run that had no reference, such as supervised fine-tuning, with one."""
-    if not any(name.startswith(prefix + _REFERENCE) for name in state):
-        start = prefix + _POLICY
-        state.update(
-            {
-                prefix + _REFERENCE + name.removeprefix(start): value
-                for name, value in list(state.items())
-                if name.startswith(start)
-            }
+    """Completes the weights of a run that had no reference, such as supervised fine-tuning, with one.
+
+    Raises:
+        ValueError: If the reference is an adapter: weights without it are of another base, or not whole.
+    """
+    # Under FSDP torch has put the model's own tensors in the place of those that a file lacks.
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    saved = {name: value for name, value in state.items() if id(value) not in own}
+    if not saved or any(prefix + reference in saved for reference in model._reference_names.values()):
+        return
+    if model.using_peft:
+        raise ValueError(
+            'The weights to load are of a run without a reference, which DPO with an adapter cannot start from: make '
+            'a folder of them with `composer-bema export`, and build the model from that.',
         )
+    references = {policy: reference for policy, reference in model._reference_names.items() if prefix + policy in saved}
+    state.update({prefix + reference: saved[prefix + policy] for policy, reference in references.items()})

@@ -56,12 +56,6 @@ def check_config(config: TrainConfig) -> None:
     _check_choice(config.precision, [precision.value for precision in Precision], 'precision')
     _check_choice((config.python_log_level or 'info').upper(), LOG_LEVELS, 'python_log_level')
     _check_fsdp(config.fsdp_config or {})
-    if config.model['name'] == 'hf_causal_lm_dpo' and config.load_weights_only and config.fsdp_config is not None:
-        # Where a checkpoint has no reference, torch takes the model's own for it before anybody could tell.
-        raise ConfigError(
-            'load_weights_only: under FSDP it could leave the reference of hf_causal_lm_dpo as it was built; make a '
-            'folder of the checkpoint with `composer-bema export`, and name it in model.pretrained_model_name_or_path.',
-        )
     if config.autoresume and config.save_folder is None:
         raise ConfigError('autoresume needs save_folder, where it looks for the last checkpoint.')
     if config.autoresume and config.save_weights_only:

@@ -12,6 +12,7 @@ from typing import Any, Optional
 from unittest import mock
 
 import torch
+import torch.distributed.checkpoint as dcp
 from composer import Callback, Evaluator, State, Trainer
 from composer.core import DataSpec
 from composer.utils import dist
@@ -147,6 +148,16 @@ def reference_weights(state: State) -> dict[str, torch.Tensor]:
     return {n: t.clone() for n, t in weights.items() if {'reference', 'reference_model'} & set(n.split('.'))}
 
 
+def save_tuned(folder: Path, sharded: bool) -> str:
+    """Saves the weights of another policy as a run without a reference leaves them, and returns their path."""
+    state = {'state': {'model': {f'model.{n}': t for n, t in make_policy(seed=11).state_dict().items()}}}
+    if sharded:
+        dcp.save(state, checkpoint_id=folder / 'tuned', no_dist=True)
+        return str(folder / 'tuned')
+    torch.save(state, folder / 'tuned.pt')
+    return str(folder / 'tuned.pt')
+
+
 def train(
     steps: int,
     *,
@@ -161,10 +172,11 @@ def train(
     save_step: Optional[int] = None,
     evaluate: bool = False,
     optimizer: Optional[torch.optim.Optimizer] = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Trains on pairs in their order, those of :func:`make_pairs` if none are given; returns what came of it.
 
-    All ranks return the same.
+    The other settings are the Trainer's. All ranks return the same.
     """
     layout = TOPOLOGIES[topology]
     version = '2' if layout.wrapper == 'fsdp2' else '1'
@@ -193,6 +205,7 @@ def train(
             save_interval=f'{save_step or steps}ba',
             save_overwrite=True,
             load_path=load_path,
+            **settings,
         )
         loaded = reference_weights(trainer.state)
         trainer.fit()

@@ -15,7 +15,16 @@ from composer_bema import BEMA
 from composer_bema.preference import DPO
 from tests.distributed.programs import TOPOLOGIES, make_model
 from tests.preference.reference import train_dpo
-from tests.preference.runs import GLOBAL_BATCH, collate, make_loader, make_pairs, make_policy, train, with_adapter
+from tests.preference.runs import (
+    GLOBAL_BATCH,
+    collate,
+    make_loader,
+    make_pairs,
+    make_policy,
+    save_tuned,
+    train,
+    with_adapter,
+)
 
 # The settings of runs.BEMA_SETTINGS in steps.
 PLAIN_BEMA = {
@@ -183,6 +192,12 @@ def test_weights_without_a_reference_start_one():
     model.load_state_dict({f'model.{n}': t for n, t in other.state_dict().items()})
     for n, t in other.state_dict().items():
         assert torch.equal(model.state_dict()[f'reference_model.{n}'], t)
+
+
+def test_an_adapter_does_not_start_from_weights_without_a_reference(tmp_path: Path):
+    pytest.importorskip('peft')
+    with pytest.raises(ValueError, match=r'^The weights to load are of a run without a reference.*build the model'):
+        train(1, adapter=True, load_path=save_tuned(tmp_path, sharded=False), load_weights_only=True)
 
 
 def test_without_a_reference_to_update_fit_refuses():
