@@ -100,6 +100,11 @@ def _check_fsdp(settings: Mapping[str, Any]) -> None:
     # Composer reads this variable when it builds the Trainer, and ignores keys of the other version with a warning.
     if os.environ.get('FSDP_VERSION', '1') == '2':
         reject_unknown(settings, FSDP2Config.settable_attrs(), 'fsdp_config')
+        if settings.get('load_monolith_rank0_only'):
+            raise ConfigError(
+                'fsdp_config.load_monolith_rank0_only: with FSDP2 the other ranks would keep the weights that they '
+                'were built with; leave it out.',
+            )
         return
     reject_unknown(settings, [field.name for field in dataclasses.fields(FSDPConfig) if field.init], 'fsdp_config')
     strategy = settings.get('sharding_strategy')

@@ -184,6 +184,9 @@ def train(
         if model is None:
             policy = make_policy()
             model = DPO(with_adapter(policy) if adapter else policy)
+        if version == '2' and layout.load_monolith_rank0_only and dist.get_global_rank():
+            # FSDP2 takes all weights from rank 0 only if the other ranks have none.
+            model.to('meta')
         algorithm = BEMA(**(BEMA_SETTINGS if bema is None else bema))
         losses, references = Losses(), References()
         loader = make_loader(pairs or make_pairs(), batch_size)

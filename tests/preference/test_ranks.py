@@ -24,7 +24,15 @@ def on_one_rank(adapter: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ('topology', 'adapter'),
-    [('ddp', False), ('ddp', True), ('fsdp2', False), ('fsdp2', True), ('fsdp1', False)],
+    [
+        ('ddp', False),
+        ('ddp', True),
+        ('fsdp2', False),
+        ('fsdp2', True),
+        ('fsdp2-full-rank0-only', False),
+        ('fsdp2-full-rank0-only', True),
+        ('fsdp1', False),
+    ],
 )
 def test_two_ranks_do_what_one_does_also_when_resumed(topology: str, adapter: bool, tmp_path: Path):
     if adapter:

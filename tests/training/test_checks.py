@@ -92,6 +92,7 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
         ('1', 'reshard_after_forward=true', 'fsdp_config.reshard_after_forward is not a setting'),
         ('2', 'reshard_after_forward=true', None),
         ('2', 'sharding_strategy=FULL_SHARD', 'fsdp_config.sharding_strategy is not a setting'),
+        ('2', 'load_monolith_rank0_only=true', 'the other ranks would keep the weights that they were built with'),
         ('2', 'mixed_precison=PURE', "the nearest one is 'fsdp_config.mixed_precision'"),
     ],
 )
