@@ -177,8 +177,20 @@ def test_a_resumed_run_is_bit_exact(adapter: bool, tmp_path: Path):
     for kind in ('reference', 'weights', 'average'):
         assert all(torch.equal(value, resumed[kind][n]) for n, value in whole[kind].items())
     # And a control that must differ: the reference of another moment.
-    other = train(STEPS, adapter=adapter, load_path=path, bema={'update_freq': '1ba'})
+    changed = r"update_ref_model=None \(saved: True\), ref_model_update_freq=None \(saved: '3ba'\)"
+    with pytest.warns(UserWarning, match=changed):
+        other = train(STEPS, adapter=adapter, load_path=path, bema={'update_freq': '1ba'})
     assert other['losses'] != resumed['losses']
+
+
+def test_a_reference_that_follows_from_a_resumption_on_is_counted_from_there(tmp_path: Path):
+    train(4, bema={'update_freq': '1ba'}, save_folder=tmp_path, save_step=4)
+    path = TOPOLOGIES['single'].checkpoint(tmp_path, 4)
+    with pytest.warns(UserWarning, match=r'update_ref_model=True \(saved: None\)'):
+        resumed, seventh = (train(steps, load_path=path) for steps in (STEPS, 7))
+    assert resumed['num_ref_model_updates'] == 1
+    for n, reference in resumed['reference'].items():
+        assert torch.equal(reference, seventh['average'][n.replace('reference_model.', 'model.')])
 
 
 def test_a_batch_of_single_sequences_is_refused():
