@@ -180,7 +180,7 @@ class BEMA(WeightAveraging):
         """Updates the average first, so that a reference that is due has the newest."""
         super()._end_step(event, state, logger)
         references = self.reference_updates
-        if references is not None and references.are_due(state) and self.average.num_updates:
+        if references is not None and references.advance(state) and self.average.num_updates:
             references.apply(self.average.average(), state)
             logger.log_metrics({f'{self._prefix}/num_ref_model_updates': references.num_updates})
 
