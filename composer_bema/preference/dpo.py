@@ -13,6 +13,7 @@ import torch
 from composer.models import HuggingFaceModel
 from torchmetrics import MeanMetric, Metric
 
+from composer_bema.averaging.decay import require_number
 from composer_bema.averaging.parameters import canonical_names
 from composer_bema.preference.losses import (
     LossType,
@@ -83,7 +84,9 @@ class DPO(HuggingFaceModel):
         use_train_metrics (bool): Compute the metrics of training batches too. Default: ``True``.
 
     Raises:
-        ValueError: If a setting is out of its range, or the policy trains what it would share with the reference.
+        TypeError: If ``beta`` or ``label_smoothing`` is no number.
+        ValueError: If a setting is out of its range, or the policy trains what it would share with the reference, or
+            has an adapter named ``reference``.
     """
 
     def __init__(
@@ -166,7 +169,8 @@ class DPO(HuggingFaceModel):
                 named stays.
 
         Raises:
-            ValueError: If a rank holds other parts of the reference than of the policy.
+            ValueError: If the policy has no tensor of a name, or a rank holds other parts of the reference than of the
+                policy.
         """
         copy_to_reference(self, self._reference_names, weights)
 
@@ -195,11 +199,13 @@ class DPO(HuggingFaceModel):
 
 
 def _check_settings(beta: float, loss_type: str, label_smoothing: float) -> None:
-    if not beta > 0:
+    require_number('beta', beta)
+    require_number('label_smoothing', label_smoothing)
+    if beta == 0:
         raise ValueError(f'beta must be above 0, but is {beta!r}.')
     if loss_type not in ('sigmoid', 'ipo'):
         raise ValueError(f"loss_type must be 'sigmoid' or 'ipo', but is {loss_type!r}.")
-    if not 0 <= label_smoothing < 0.5:
+    if label_smoothing >= 0.5:
         raise ValueError(f'label_smoothing must be in [0, 0.5), but is {label_smoothing!r}.')
     if label_smoothing and loss_type == 'ipo':
         raise ValueError("label_smoothing has no meaning for loss_type='ipo': leave it out.")

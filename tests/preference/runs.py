@@ -62,12 +62,12 @@ def is_block(module: torch.nn.Module) -> bool:
     return type(module).__name__.endswith('DecoderLayer')
 
 
-def with_adapter(policy: PreTrainedModel, **settings: Any) -> Any:
+def with_adapter(policy: PreTrainedModel, adapter_name: str = 'default', **settings: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(6)
     config = LoraConfig(**{'task_type': 'CAUSAL_LM', 'r': 2, 'target_modules': ['q_proj', 'v_proj'], **settings})
-    return get_peft_model(policy, config)
+    return get_peft_model(policy, config, adapter_name=adapter_name)
 
 
 def make_pairs(count: int = PAIRS, seed: int = 7) -> list[Pair]:

@@ -233,12 +233,36 @@ def test_a_reference_that_will_not_follow_is_warned_of():
     ('settings', 'message'),
     [
         ({'beta': 0}, 'beta must be above 0, but is 0'),
-        ({'beta': float('nan')}, 'beta must be above 0'),
+        ({'beta': float('nan')}, 'beta must be at least 0 and finite, but is nan'),
         ({'loss_type': 'hinge'}, "loss_type must be 'sigmoid' or 'ipo'"),
         ({'label_smoothing': 0.5}, r'label_smoothing must be in \[0, 0.5\)'),
+        ({'label_smoothing': -0.1}, 'label_smoothing must be at least 0'),
         ({'label_smoothing': 0.1, 'loss_type': 'ipo'}, 'no meaning for'),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         DPO(make_policy(), **settings)
+
+
+@pytest.mark.parametrize('setting', ['beta', 'label_smoothing'])
+def test_settings_that_are_no_numbers_are_refused(setting: str):
+    with pytest.raises(TypeError, match=f"{setting} must be a number, but is '0.1'"):
+        DPO(make_policy(), **{setting: '0.1'})
+
+
+def test_weights_that_the_policy_lacks_are_refused():
+    model = DPO(make_policy())
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    weights = {n: torch.ones_like(t) for n, t in before.items() if n.startswith('model.')}
+    with pytest.raises(ValueError, match="cannot take 'lm_head.weight': the policy trains no tensor of that name"):
+        model.update_reference({**weights, 'lm_head.weight': weights['model.lm_head.weight']})
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_tied_weights_reach_the_reference_under_both_names():
+    policy = make_policy()
+    policy.lm_head.weight = policy.model.embed_tokens.weight
+    model = DPO(policy)
+    model.update_reference({f'model.{n}': torch.full_like(t, 3.0) for n, t in policy.state_dict().items()})
+    assert all(torch.equal(t, torch.full_like(t, 3.0)) for t in model.reference_model.state_dict().values())
