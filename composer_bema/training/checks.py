@@ -16,7 +16,7 @@ from composer_bema.algorithms.coexistence import check_algorithms
 from composer_bema.algorithms.weight_averaging import averages_among
 from composer_bema.training.config import ConfigError, TrainConfig, reject_unknown, suggest
 from composer_bema.training.data.sections import check_loader, eval_sections
-from composer_bema.training.registry import build, check_arguments, find_builder, split_name
+from composer_bema.training.registry import ON_PAIRS, build, check_arguments, find_builder, split_name
 from composer_bema.training.tokenizers import check_tokenizer
 
 __all__ = ['build_named', 'check_config', 'device_batch_size']
@@ -44,6 +44,7 @@ def check_config(config: TrainConfig) -> None:
     check_loader(config.train_loader, 'train_loader', config.max_seq_len)
     for path, section in eval_sections(config.eval_loader).values():
         check_loader(section, path, config.max_seq_len)
+    _check_pairs(config)
     for kind in ('callbacks', 'loggers'):
         for name, arguments in (getattr(config, kind) or {}).items():
             check_arguments(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
@@ -94,6 +95,22 @@ def build_named(kind: str, sections: Mapping[str, Any] | None) -> list[Any]:
         build(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
         for name, arguments in (sections or {}).items()
     ]
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    model = config.model['name']
+    sections = [('train_loader', config.train_loader), *eval_sections(config.eval_loader).values()]
+    for path, loader in ((path, section['name']) for path, section in sections):
+        if model in ON_PAIRS['model'] and loader not in ON_PAIRS['loader']:
+            raise ConfigError(
+                f'{path}.name: {model} needs preference pairs, which {loader} does not make; use '
+                f'{" or ".join(ON_PAIRS["loader"])}.',
+            )
+        if loader in ON_PAIRS['loader'] and model not in ON_PAIRS['model']:
+            raise ConfigError(
+                f'{path}.name: {loader} makes preference pairs, which {model} does not train on; use the model '
+                f'{" or ".join(ON_PAIRS["model"])}.',
+            )
 
 
 def _check_fsdp(settings: Mapping[str, Any]) -> None:

@@ -122,6 +122,33 @@ def test_mistakes_in_an_averaging_algorithm(tmp_path, override, message):
         check_config(config)
 
 
+PAIRS = '{name: toy_preferences, dataset: {}}'
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        (
+            ['model.name=hf_causal_lm_dpo'],
+            '^train_loader.name: hf_causal_lm_dpo needs preference pairs, which text_files does not make; '
+            'use preference or toy_preferences',
+        ),
+        (['model.name=hf_causal_lm_dpo', f'train_loader={PAIRS}'], '^eval_loader.0.name: hf_causal_lm_dpo needs'),
+        (
+            [f'train_loader={PAIRS}'],
+            '^train_loader.name: toy_preferences makes preference pairs, which hf_causal_lm does not train on; use the '
+            'model hf_causal_lm_dpo',
+        ),
+        ([f'eval_loader={PAIRS}'], '^eval_loader.name: toy_preferences makes preference pairs'),
+        (['model.name=hf_causal_lm_dpo', f'train_loader={PAIRS}', f'eval_loader={PAIRS}'], None),
+    ],
+)
+def test_pairs_go_to_a_model_that_trains_on_them(tmp_path, overrides, message):
+    config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), [*overrides, 'algorithms='])
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        check_config(config)
+
+
 def test_recipes_are_valid():
     """Every recipe passes all checks that need no download."""
     recipes = RECIPES
