@@ -180,7 +180,7 @@ class BEMA(WeightAveraging):
         """Updates the average first, so that a reference that is due has the newest."""
         super()._end_step(event, state, logger)
         references = self.reference_updates
-        if references is not None and references.are_due(state) and self.average.num_updates:
+        if references is not None and references.advance(state) and self.average.num_updates:
             references.apply(self.average.average(), state)
             logger.log_metrics({f'{self._prefix}/num_ref_model_updates': references.num_updates})
 
@@ -259,11 +259,10 @@ class EMA(WeightAveraging):
         return self.get_averaged_model(model)
 
 
-def _reference_settings(references: Optional[ReferenceUpdates]) -> dict[str, Union[str, bool]]:
-    if references is None:
-        return {}
+def _reference_settings(references: Optional[ReferenceUpdates]) -> dict[str, Union[str, bool, None]]:
+    # With None for what is switched off, so that a checkpoint's settings are compared with it.
     return {
-        'update_ref_model': True,
-        'ref_model_update_freq': references.update_freq.to_timestring(),
-        'ref_model_update_after': references.update_after.to_timestring(),
+        'update_ref_model': None if references is None else True,
+        'ref_model_update_freq': None if references is None else references.update_freq.to_timestring(),
+        'ref_model_update_after': None if references is None else references.update_after.to_timestring(),
     }

@@ -21,7 +21,7 @@ from typing import Any, Optional, Protocol
 
 import torch.distributed.checkpoint as dcp
 from composer import Logger, State
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri, partial_format
+from composer.utils import FSDP2Config, dist, maybe_create_object_store_from_uri, parse_uri, partial_format
 from composer.utils.checkpoint import DistCPObjectStoreReader
 from composer.utils.file_helpers import extract_path_from_symlink
 
@@ -93,6 +93,7 @@ class AveragingCheckpoint(AfterSavers):
     def after_load(self, state: State, logger: Logger) -> None:
         entries, self._loaded = self._loaded, None
         self._is_loading = False
+        _check_that_all_ranks_loaded(state)
         if entries is not None and state.fsdp_sharded_state_dict_enabled:
             entries = _sharded_entries(state)
         restored = {'training'}
@@ -129,6 +130,18 @@ def check_entry_of_composers_ema(saved: dict[str, Any]) -> None:
             'resume it with composer.algorithms.EMA, or start a new run from the average with load_weights_only=True.',
         )
     warnings.warn("The checkpoint's 'EMA' entry was written by Composer's own EMA and is not loaded.", stacklevel=2)
+
+
+def _check_that_all_ranks_loaded(state: State) -> None:
+    # Composer sets sync_module_states itself where it has given rank 0's weights to the others.
+    config = state.fsdp_config
+    is_shared = not isinstance(config, FSDP2Config) or config.sync_module_states or dist.get_world_size() == 1
+    if state.load_path is not None and state.load_monolith_rank0_only and not is_shared:
+        raise ValueError(
+            f"Rank 0 alone has the weights of '{state.load_path}': with load_monolith_rank0_only Composer's FSDP2 "
+            'gives them to the other ranks only where the model is on the meta device, so build it there, or set '
+            'load_monolith_rank0_only to False.',
+        )
 
 
 def _restore(average: Restorable, entry: dict[str, Any], state: State) -> None:

@@ -85,8 +85,8 @@ class ReferenceUpdates:
         if self._origin:
             self.count_from_here(state)
 
-    def are_due(self, state: State) -> bool:
-        """Returns whether the step that has ended, or the epoch, is one after which the reference is updated."""
+    def advance(self, state: State) -> bool:
+        """Counts the step that has ended, or the epoch; returns whether the reference is to be updated after it."""
         if self._origin:
             return times.intervals_passed(self._origin, self.update_freq, state) > 0
         if not times.has_reached(self.update_after, state):

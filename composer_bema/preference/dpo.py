@@ -13,6 +13,7 @@ import torch
 from composer.models import HuggingFaceModel
 from torchmetrics import MeanMetric, Metric
 
+from composer_bema.averaging.decay import require_number
 from composer_bema.averaging.parameters import canonical_names
 from composer_bema.preference.losses import (
     LossType,
@@ -83,7 +84,9 @@ class DPO(HuggingFaceModel):
         use_train_metrics (bool): Compute the metrics of training batches too. Default: ``True``.
 
     Raises:
-        ValueError: If a setting is out of its range, or the policy trains what it would share with the reference.
+        TypeError: If ``beta`` or ``label_smoothing`` is no number.
+        ValueError: If a setting is out of its range, or the policy trains what it would share with the reference, or
+            has an adapter named ``reference``.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class DPO(HuggingFaceModel):
             self.reference_model = frozen_copy(model)
             names = canonical_names(model, list(model.state_dict()))
             self._reference_names = {_POLICY + n: _REFERENCE + n for n in names}
-            self.register_load_state_dict_pre_hook(_start_reference_from_policy)
+        self.register_load_state_dict_pre_hook(_start_reference_from_policy)
 
     def train(self, mode: bool = True) -> DPO:
         """Leaves the reference without dropout."""
@@ -166,7 +169,8 @@ class DPO(HuggingFaceModel):
                 named stays.
 
         Raises:
-            ValueError: If a rank holds other parts of the reference than of the policy.
+            ValueError: If the policy has no tensor of a name, or a rank holds other parts of the reference than of the
+                policy.
         """
         copy_to_reference(self, self._reference_names, weights)
 
@@ -195,11 +199,13 @@ class DPO(HuggingFaceModel):
 
 
 def _check_settings(beta: float, loss_type: str, label_smoothing: float) -> None:
-    if not beta > 0:
+    require_number('beta', beta)
+    require_number('label_smoothing', label_smoothing)
+    if beta == 0:
         raise ValueError(f'beta must be above 0, but is {beta!r}.')
     if loss_type not in ('sigmoid', 'ipo'):
         raise ValueError(f"loss_type must be 'sigmoid' or 'ipo', but is {loss_type!r}.")
-    if not 0 <= label_smoothing < 0.5:
+    if label_smoothing >= 0.5:
         raise ValueError(f'label_smoothing must be in [0, 0.5), but is {label_smoothing!r}.')
     if label_smoothing and loss_type == 'ipo':
         raise ValueError("label_smoothing has no meaning for loss_type='ipo': leave it out.")
@@ -214,13 +220,20 @@ def _check_shape(input_ids: torch.Tensor) -> None:
 
 
 def _start_reference_from_policy(model: DPO, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Completes the weights of a run that had no reference, such as supervised fine-tuning, with one."""
-    if not any(name.startswith(prefix + _REFERENCE) for name in state):
-        start = prefix + _POLICY
-        state.update(
-            {
-                prefix + _REFERENCE + name.removeprefix(start): value
-                for name, value in list(state.items())
-                if name.startswith(start)
-            }
+    """Completes the weights of a run that had no reference, such as supervised fine-tuning, with one.
+
+    Raises:
+        ValueError: If the reference is an adapter: weights without it are of another base, or not whole.
+    """
+    # Under FSDP torch has put the model's own tensors in the place of those that a file lacks.
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    saved = {name: value for name, value in state.items() if id(value) not in own}
+    if not saved or any(prefix + reference in saved for reference in model._reference_names.values()):
+        return
+    if model.using_peft:
+        raise ValueError(
+            'The weights to load are of a run without a reference, which DPO with an adapter cannot start from: make '
+            'a folder of them with `composer-bema export`, and build the model from that.',
         )
+    references = {policy: reference for policy, reference in model._reference_names.items() if prefix + policy in saved}
+    state.update({prefix + reference: saved[prefix + policy] for policy, reference in references.items()})

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from composer_bema.averaging.parameters import keep_out_of_averages, local_tensor, named_tensors, parameter_shards
+from composer_bema.averaging.parameters import (
+    first_names,
+    keep_out_of_averages,
+    local_tensor,
+    named_persistent_buffers,
+    named_tensors,
+    parameter_shards,
+)
 
 __all__ = ['ADAPTER', 'add_reference_adapter', 'copy_to_reference', 'frozen_copy', 'reference_adapter']
 
@@ -33,10 +40,20 @@ def add_reference_adapter(model: Any) -> dict[str, str]:
         dict[str, str]: The parameter of the copy for each parameter that is trained.
 
     Raises:
-        ValueError: If the model trains what is shared with the reference.
+        ValueError: If the model trains what is shared with the reference, or has an adapter of the reference's name.
     """
+    if ADAPTER in model.peft_config:
+        raise ValueError(
+            f"The model has an adapter named '{ADAPTER}', as DPO calls the one that it adds: give it another name.",
+        )
     policy_adapter = model.active_adapter
     config = copy.deepcopy(model.peft_config[policy_adapter])
+    bias = getattr(config, 'bias', 'none')
+    if bias != 'none':
+        raise ValueError(
+            f"With bias='{bias}' the adapter trains biases that policy and reference share: set it to 'none' in the "
+            'peft_config.',
+        )
     config.inference_mode = True
     # Its values are copied: some initialisations (PiSSA, OLoRA) would take them out of the base, a second time.
     config.init_lora_weights = True
@@ -91,12 +108,18 @@ def copy_to_reference(model: torch.nn.Module, names: Mapping[str, str], weights:
         weights (Mapping[str, torch.Tensor]): Values for tensors of the policy, this rank's of a sharded model.
 
     Raises:
-        ValueError: If ranks hold other parts of the reference than of the policy. Nothing is changed then.
+        ValueError: If the policy has no tensor of a name, or ranks hold other parts of the reference than of the
+            policy. Nothing is changed then.
     """
-    tensors, shards = named_tensors(model), parameter_shards(model)
-    copied = [(n, names[n]) for n in weights if n in names]
+    tensors, shards, first = named_tensors(model), parameter_shards(model), first_names(model)
+    # With an adapter the module buffers are those of the base, which the reference shares.
+    shared = named_persistent_buffers(model).keys() - names.keys()
+    unknown = next((n for n in weights if n not in names and n not in shared), None)
+    if unknown is not None:
+        raise ValueError(f"The reference cannot take '{unknown}': the policy trains no tensor of that name.")
+    copied = [(n, first[names[n]]) for n in weights if n in names]
     for n, reference in copied:
-        if shards.get(n) != shards.get(reference) or weights[n].shape != local_tensor(tensors[reference]).shape:
+        if shards.get(first[n]) != shards.get(reference) or weights[n].shape != local_tensor(tensors[reference]).shape:
             raise ValueError(
                 f"This rank holds other parts of '{reference}' than of '{n}', so that the reference cannot follow the "
                 'policy: FSDP1 cuts adapters that way, so use FSDP2 (the environment variable FSDP_VERSION=2) or DDP.',

@@ -16,7 +16,7 @@ from composer_bema.algorithms.coexistence import check_algorithms
 from composer_bema.algorithms.weight_averaging import averages_among
 from composer_bema.training.config import ConfigError, TrainConfig, reject_unknown, suggest
 from composer_bema.training.data.sections import check_loader, eval_sections
-from composer_bema.training.registry import build, check_arguments, find_builder, split_name
+from composer_bema.training.registry import ON_PAIRS, build, check_arguments, find_builder, split_name
 from composer_bema.training.tokenizers import check_tokenizer
 
 __all__ = ['build_named', 'check_config', 'check_time', 'device_batch_size']
@@ -44,6 +44,7 @@ def check_config(config: TrainConfig) -> None:
     check_loader(config.train_loader, 'train_loader', config.max_seq_len)
     for path, section in eval_sections(config.eval_loader).values():
         check_loader(section, path, config.max_seq_len)
+    _check_pairs(config)
     for kind in ('callbacks', 'loggers'):
         for name, arguments in (getattr(config, kind) or {}).items():
             check_arguments(find_builder(kind, name, kind), arguments or {}, f'{kind}.{name}')
@@ -56,12 +57,6 @@ def check_config(config: TrainConfig) -> None:
     _check_choice(config.precision, [precision.value for precision in Precision], 'precision')
     _check_choice((config.python_log_level or 'info').upper(), LOG_LEVELS, 'python_log_level')
     _check_fsdp(config.fsdp_config or {})
-    if config.model['name'] == 'hf_causal_lm_dpo' and config.load_weights_only and config.fsdp_config is not None:
-        # Where a checkpoint has no reference, torch takes the model's own for it before anybody could tell.
-        raise ConfigError(
-            'load_weights_only: under FSDP it could leave the reference of hf_causal_lm_dpo as it was built; make a '
-            'folder of the checkpoint with `composer-bema export`, and name it in model.pretrained_model_name_or_path.',
-        )
     if config.autoresume and config.save_folder is None:
         raise ConfigError('autoresume needs save_folder, where it looks for the last checkpoint.')
     if config.autoresume and config.save_weights_only:
@@ -102,10 +97,31 @@ def build_named(kind: str, sections: Mapping[str, Any] | None) -> list[Any]:
     ]
 
 
+def _check_pairs(config: TrainConfig) -> None:
+    model = config.model['name']
+    sections = [('train_loader', config.train_loader), *eval_sections(config.eval_loader).values()]
+    for path, loader in ((path, section['name']) for path, section in sections):
+        if model in ON_PAIRS['model'] and loader not in ON_PAIRS['loader']:
+            raise ConfigError(
+                f'{path}.name: {model} needs preference pairs, which {loader} does not make; use '
+                f'{" or ".join(ON_PAIRS["loader"])}.',
+            )
+        if loader in ON_PAIRS['loader'] and model not in ON_PAIRS['model']:
+            raise ConfigError(
+                f'{path}.name: {loader} makes preference pairs, which {model} does not train on; use the model '
+                f'{" or ".join(ON_PAIRS["model"])}.',
+            )
+
+
 def _check_fsdp(settings: Mapping[str, Any]) -> None:
     # Composer reads this variable when it builds the Trainer, and ignores keys of the other version with a warning.
     if os.environ.get('FSDP_VERSION', '1') == '2':
         reject_unknown(settings, FSDP2Config.settable_attrs(), 'fsdp_config')
+        if settings.get('load_monolith_rank0_only'):
+            raise ConfigError(
+                'fsdp_config.load_monolith_rank0_only: with FSDP2 the other ranks would keep the weights that they '
+                'were built with; leave it out.',
+            )
         return
     reject_unknown(settings, [field.name for field in dataclasses.fields(FSDPConfig) if field.init], 'fsdp_config')
     strategy = settings.get('sharding_strategy')

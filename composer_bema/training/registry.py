@@ -17,7 +17,7 @@ from torch.optim.optimizer import required
 from composer_bema.training.config import ConfigError, reject_unknown, suggest
 from composer_bema.training.values import argument_types, describe, fits
 
-__all__ = ['REGISTRY', 'argument_names', 'build', 'check_arguments', 'find_builder', 'split_name']
+__all__ = ['ON_PAIRS', 'REGISTRY', 'argument_names', 'build', 'check_arguments', 'find_builder', 'split_name']
 
 REGISTRY: dict[str, dict[str, str]] = {
     'model': {
@@ -93,6 +93,9 @@ REGISTRY: dict[str, dict[str, str]] = {
         'wandb': 'composer.loggers:WandBLogger',
     },
 }
+
+# The models that train on pairs of completions, and the loaders that make them.
+ON_PAIRS = {'model': ['hf_causal_lm_dpo'], 'loader': ['preference', 'toy_preferences']}
 
 
 def find_builder(kind: str, name: str, path: str) -> Callable[..., Any]:

@@ -147,7 +147,9 @@ def _make_trainer(config: TrainConfig, arguments: dict[str, Any]) -> Trainer:
         raise
     except (Exception, CheckpointException) as error:
         # Of a file that is no checkpoint, or another model's, torch makes RuntimeError, KeyError, EOFError and others,
-        # and of a folder of shards an error that is no Exception.
+        # and of a folder of shards an error that is no Exception, with the tracebacks of all ranks.
+        if isinstance(error, CheckpointException):
+            error, _ = next(iter(error.failures.values()))
         reason = f'{type(error).__name__}: {" ".join(str(error).split())}'.removesuffix(': ')
         source = arguments['load_path'] or (config.autoresume and config.save_folder)
         what = f"The checkpoint in '{source}' cannot be loaded into this run" if source else 'The run cannot be set up'

@@ -153,6 +153,22 @@ def assert_is_rest(rest: Looks, whole: Looks, step: int) -> None:
     assert_equal(rest['batch_end', LAST_STEP], whole['batch_end', LAST_STEP])
 
 
+def resume_with_weights_everywhere(path: str) -> str:
+    """What is said to a model that has weights on all ranks, of which rank 0 alone loads others."""
+    layout = TOPOLOGIES['fsdp2-full-rank0-only']
+    has_weights = mock.patch('tests.distributed.programs.make_model', lambda *args: make_model(*args[:3]))
+    with has_weights, pytest.raises(ValueError) as caught:
+        train(layout, algorithms=average('average'), **RUN, load_path=path)
+    return str(caught.value)
+
+
+def test_weights_that_rank_0_alone_has_loaded_are_refused(folder, uninterrupted):
+    uninterrupted('fsdp2-full')
+    path = TOPOLOGIES['fsdp2-full'].checkpoint(folder / 'fsdp2-full' / 'average', 5)
+    for message in run_ranks(resume_with_weights_everywhere, 2, path):
+        assert message.startswith(f"Rank 0 alone has the weights of '{path}'")
+
+
 def run_and_resume(name: str, folder: Path, **kwargs: Any) -> tuple[Looks, Looks]:
     """Runs without an interruption, and goes on from what was saved between updates."""
     run = functools.partial(train, TOPOLOGIES[name], look=look, **kwargs)

@@ -12,6 +12,7 @@ from typing import Any, Optional
 from unittest import mock
 
 import torch
+import torch.distributed.checkpoint as dcp
 from composer import Callback, Evaluator, State, Trainer
 from composer.core import DataSpec
 from composer.utils import dist
@@ -61,12 +62,12 @@ def is_block(module: torch.nn.Module) -> bool:
     return type(module).__name__.endswith('DecoderLayer')
 
 
-def with_adapter(policy: PreTrainedModel, **settings: Any) -> Any:
+def with_adapter(policy: PreTrainedModel, adapter_name: str = 'default', **settings: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(6)
     config = LoraConfig(**{'task_type': 'CAUSAL_LM', 'r': 2, 'target_modules': ['q_proj', 'v_proj'], **settings})
-    return get_peft_model(policy, config)
+    return get_peft_model(policy, config, adapter_name=adapter_name)
 
 
 def make_pairs(count: int = PAIRS, seed: int = 7) -> list[Pair]:
@@ -147,6 +148,16 @@ def reference_weights(state: State) -> dict[str, torch.Tensor]:
     return {n: t.clone() for n, t in weights.items() if {'reference', 'reference_model'} & set(n.split('.'))}
 
 
+def save_tuned(folder: Path, sharded: bool) -> str:
+    """Saves the weights of another policy as a run without a reference leaves them, and returns their path."""
+    state = {'state': {'model': {f'model.{n}': t for n, t in make_policy(seed=11).state_dict().items()}}}
+    if sharded:
+        dcp.save(state, checkpoint_id=folder / 'tuned', no_dist=True)
+        return str(folder / 'tuned')
+    torch.save(state, folder / 'tuned.pt')
+    return str(folder / 'tuned.pt')
+
+
 def train(
     steps: int,
     *,
@@ -161,10 +172,11 @@ def train(
     save_step: Optional[int] = None,
     evaluate: bool = False,
     optimizer: Optional[torch.optim.Optimizer] = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Trains on pairs in their order, those of :func:`make_pairs` if none are given; returns what came of it.
 
-    All ranks return the same.
+    The other settings are the Trainer's. All ranks return the same.
     """
     layout = TOPOLOGIES[topology]
     version = '2' if layout.wrapper == 'fsdp2' else '1'
@@ -172,6 +184,9 @@ def train(
         if model is None:
             policy = make_policy()
             model = DPO(with_adapter(policy) if adapter else policy)
+        if version == '2' and layout.load_monolith_rank0_only and dist.get_global_rank():
+            # FSDP2 takes all weights from rank 0 only if the other ranks have none.
+            model.to('meta')
         algorithm = BEMA(**(BEMA_SETTINGS if bema is None else bema))
         losses, references = Losses(), References()
         loader = make_loader(pairs or make_pairs(), batch_size)
@@ -193,6 +208,7 @@ def train(
             save_interval=f'{save_step or steps}ba',
             save_overwrite=True,
             load_path=load_path,
+            **settings,
         )
         loaded = reference_weights(trainer.state)
         trainer.fit()

@@ -15,7 +15,16 @@ from composer_bema import BEMA
 from composer_bema.preference import DPO
 from tests.distributed.programs import TOPOLOGIES, make_model
 from tests.preference.reference import train_dpo
-from tests.preference.runs import GLOBAL_BATCH, collate, make_loader, make_pairs, make_policy, train, with_adapter
+from tests.preference.runs import (
+    GLOBAL_BATCH,
+    collate,
+    make_loader,
+    make_pairs,
+    make_policy,
+    save_tuned,
+    train,
+    with_adapter,
+)
 
 # The settings of runs.BEMA_SETTINGS in steps.
 PLAIN_BEMA = {
@@ -168,8 +177,20 @@ def test_a_resumed_run_is_bit_exact(adapter: bool, tmp_path: Path):
     for kind in ('reference', 'weights', 'average'):
         assert all(torch.equal(value, resumed[kind][n]) for n, value in whole[kind].items())
     # And a control that must differ: the reference of another moment.
-    other = train(STEPS, adapter=adapter, load_path=path, bema={'update_freq': '1ba'})
+    changed = r"update_ref_model=None \(saved: True\), ref_model_update_freq=None \(saved: '3ba'\)"
+    with pytest.warns(UserWarning, match=changed):
+        other = train(STEPS, adapter=adapter, load_path=path, bema={'update_freq': '1ba'})
     assert other['losses'] != resumed['losses']
+
+
+def test_a_reference_that_follows_from_a_resumption_on_is_counted_from_there(tmp_path: Path):
+    train(4, bema={'update_freq': '1ba'}, save_folder=tmp_path, save_step=4)
+    path = TOPOLOGIES['single'].checkpoint(tmp_path, 4)
+    with pytest.warns(UserWarning, match=r'update_ref_model=True \(saved: None\)'):
+        resumed, seventh = (train(steps, load_path=path) for steps in (STEPS, 7))
+    assert resumed['num_ref_model_updates'] == 1
+    for n, reference in resumed['reference'].items():
+        assert torch.equal(reference, seventh['average'][n.replace('reference_model.', 'model.')])
 
 
 def test_a_batch_of_single_sequences_is_refused():
@@ -183,6 +204,12 @@ def test_weights_without_a_reference_start_one():
     model.load_state_dict({f'model.{n}': t for n, t in other.state_dict().items()})
     for n, t in other.state_dict().items():
         assert torch.equal(model.state_dict()[f'reference_model.{n}'], t)
+
+
+def test_an_adapter_does_not_start_from_weights_without_a_reference(tmp_path: Path):
+    pytest.importorskip('peft')
+    with pytest.raises(ValueError, match=r'^The weights to load are of a run without a reference.*build the model'):
+        train(1, adapter=True, load_path=save_tuned(tmp_path, sharded=False), load_weights_only=True)
 
 
 def test_without_a_reference_to_update_fit_refuses():
@@ -206,12 +233,36 @@ def test_a_reference_that_will_not_follow_is_warned_of():
     ('settings', 'message'),
     [
         ({'beta': 0}, 'beta must be above 0, but is 0'),
-        ({'beta': float('nan')}, 'beta must be above 0'),
+        ({'beta': float('nan')}, 'beta must be at least 0 and finite, but is nan'),
         ({'loss_type': 'hinge'}, "loss_type must be 'sigmoid' or 'ipo'"),
         ({'label_smoothing': 0.5}, r'label_smoothing must be in \[0, 0.5\)'),
+        ({'label_smoothing': -0.1}, 'label_smoothing must be at least 0'),
         ({'label_smoothing': 0.1, 'loss_type': 'ipo'}, 'no meaning for'),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         DPO(make_policy(), **settings)
+
+
+@pytest.mark.parametrize('setting', ['beta', 'label_smoothing'])
+def test_settings_that_are_no_numbers_are_refused(setting: str):
+    with pytest.raises(TypeError, match=f"{setting} must be a number, but is '0.1'"):
+        DPO(make_policy(), **{setting: '0.1'})
+
+
+def test_weights_that_the_policy_lacks_are_refused():
+    model = DPO(make_policy())
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    weights = {n: torch.ones_like(t) for n, t in before.items() if n.startswith('model.')}
+    with pytest.raises(ValueError, match="cannot take 'lm_head.weight': the policy trains no tensor of that name"):
+        model.update_reference({**weights, 'lm_head.weight': weights['model.lm_head.weight']})
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_tied_weights_reach_the_reference_under_both_names():
+    policy = make_policy()
+    policy.lm_head.weight = policy.model.embed_tokens.weight
+    model = DPO(policy)
+    model.update_reference({f'model.{n}': torch.full_like(t, 3.0) for n, t in policy.state_dict().items()})
+    assert all(torch.equal(t, torch.full_like(t, 3.0)) for t in model.reference_model.state_dict().values())

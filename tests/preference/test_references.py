@@ -65,12 +65,28 @@ def test_an_error_in_the_reference_leaves_the_policy_active():
 
 
 def test_an_adapter_that_trains_its_base_is_refused():
-    with pytest.raises(ValueError, match="set bias to 'none'"):
+    with pytest.raises(ValueError, match="With bias='all' the adapter trains biases that policy and reference share"):
         DPO(with_adapter(make_policy('qwen2'), bias='all'))
     policy = with_adapter(make_policy())
     policy.base_model.model.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match=r"lm_head\.weight' is trained, but policy and reference share it"):
         DPO(policy)
+
+
+def test_an_adapter_of_the_references_name_is_refused():
+    policy = with_adapter(make_policy(), adapter_name='reference')
+    with pytest.raises(ValueError, match="an adapter named 'reference'.*: give it another name"):
+        DPO(policy)
+
+
+def test_base_weights_are_refused_and_module_buffers_of_the_base_left_as_they_are():
+    policy = with_adapter(make_policy())
+    policy.base_model.model.register_buffer('statistic', torch.zeros(2))
+    model = DPO(policy)
+    model.update_reference({'model.base_model.model.statistic': torch.ones(2)})
+    assert torch.equal(policy.base_model.model.statistic, torch.zeros(2))
+    with pytest.raises(ValueError, match="cannot take 'model.base_model.model.lm_head.weight'"):
+        model.update_reference({'model.base_model.model.lm_head.weight': torch.ones(31, 16)})
 
 
 def test_other_modules_that_are_trained_have_a_copy_as_well():

@@ -92,6 +92,7 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
         ('1', 'reshard_after_forward=true', 'fsdp_config.reshard_after_forward is not a setting'),
         ('2', 'reshard_after_forward=true', None),
         ('2', 'sharding_strategy=FULL_SHARD', 'fsdp_config.sharding_strategy is not a setting'),
+        ('2', 'load_monolith_rank0_only=true', 'the other ranks would keep the weights that they were built with'),
         ('2', 'mixed_precison=PURE', "the nearest one is 'fsdp_config.mixed_precision'"),
     ],
 )
@@ -118,6 +119,33 @@ def test_fsdp_settings_are_those_of_the_version_that_composer_will_use(tmp_path,
 def test_mistakes_in_an_averaging_algorithm(tmp_path, override, message):
     config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), [override])
     with pytest.raises(ConfigError, match=message):
+        check_config(config)
+
+
+PAIRS = '{name: toy_preferences, dataset: {}}'
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        (
+            ['model.name=hf_causal_lm_dpo'],
+            '^train_loader.name: hf_causal_lm_dpo needs preference pairs, which text_files does not make; '
+            'use preference or toy_preferences',
+        ),
+        (['model.name=hf_causal_lm_dpo', f'train_loader={PAIRS}'], '^eval_loader.0.name: hf_causal_lm_dpo needs'),
+        (
+            [f'train_loader={PAIRS}'],
+            '^train_loader.name: toy_preferences makes preference pairs, which hf_causal_lm does not train on; use the '
+            'model hf_causal_lm_dpo',
+        ),
+        ([f'eval_loader={PAIRS}'], '^eval_loader.name: toy_preferences makes preference pairs'),
+        (['model.name=hf_causal_lm_dpo', f'train_loader={PAIRS}', f'eval_loader={PAIRS}'], None),
+    ],
+)
+def test_pairs_go_to_a_model_that_trains_on_them(tmp_path, overrides, message):
+    config = load_config(write_yaml(tmp_path, tiny_settings(tmp_path)), [*overrides, 'algorithms='])
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
         check_config(config)
 
 

@@ -6,10 +6,14 @@
 import copy
 import json
 import math
+import traceback
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from composer.utils import dist
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from composer_bema.training.config import ConfigError, load_config
@@ -252,6 +256,15 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, yaml):
     overrides = [save_folder, 'autoresume=true', 'model.config.hidden_size=32']
     with pytest.raises(ConfigError, match=r"The checkpoint in '.*/ep0-ba1-rank0\.pt' cannot be loaded .*size mismatch"):
         build_trainer(load_config(yaml, overrides))
+
+
+def test_of_an_error_on_all_ranks_the_reason_is_given(yaml, monkeypatch):
+    failures: Any = {rank: (RuntimeError('Missing key: x.'), traceback.extract_stack()) for rank in range(2)}
+    monkeypatch.setattr(
+        'composer_bema.training.run.Trainer', mock.Mock(side_effect=CheckpointException('load', failures))
+    )
+    with pytest.raises(ConfigError, match=r"^The checkpoint in 'x' .* \(RuntimeError: Missing key: x\.\)$"):
+        build_trainer(load_config(yaml, ['load_path=x']))
 
 
 def test_the_seed_decides_the_weights(tmp_path, yaml):

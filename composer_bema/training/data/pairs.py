@@ -21,9 +21,9 @@ Messages = list[Mapping[str, Any]]
 class Pair(NamedTuple):
     """Three texts, or three lists of messages."""
 
-    prompt: Any
-    chosen: Any
-    rejected: Any
+    prompt: Union[str, Messages]
+    chosen: Union[str, Messages]
+    rejected: Union[str, Messages]
 
     @property
     def has_blank_side(self) -> bool:
@@ -141,11 +141,22 @@ def encode_pair(
     Raises:
         ValueError: The prompt and a completion cannot be told apart.
     """
-    if isinstance(pair.prompt, str):
-        encode = functools.partial(_encode_text, tokenizer, pair.prompt, front=front, end=end)
-    else:
-        encode = functools.partial(_encode_chat, tokenizer, pair.prompt)
+    encode = functools.partial(_encode, tokenizer, pair.prompt, front=front, end=end)
     return encode(pair.chosen), encode(pair.rejected)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Union[str, Messages],
+    reply: Union[str, Messages],
+    front: list[int],
+    end: list[int],
+) -> Completion:
+    if isinstance(prompt, str):
+        assert isinstance(reply, str), 'behind a text comes a text'
+        return _encode_text(tokenizer, prompt, reply, front, end)
+    assert not isinstance(reply, str), 'behind messages come messages'
+    return _encode_chat(tokenizer, prompt, reply)
 
 
 def _encode_text(
