@@ -12,18 +12,33 @@ from typing import Optional
 
 __all__ = ['find_letter', 'find_number', 'find_yes_or_no']
 
-# What introduces an answer, and what wraps it: "the answer is B", "Answer: **(B)**", "correct choice: $\boxed{B}$".
-_IS = r'(?:\s+(?:is|would\s+be|must\s+be))?\s*[:=]?\s*(?:option\s+|choice\s+)?'
-_ANNOUNCED = rf'\b(?:answer|(?:correct|right|best)\s+(?:option|choice))\b{_IS}'
-_OPENED = r'[\s*_`"\'(\[$]*(?:\\boxed\{)?(?:\\text\{)?[\s*_`"\'(\[$]*'
+# What introduces an answer, and what wraps it: "the answer is B", "Answer: **(B)**", "so we have $\boxed{\text{B}}$".
+_VERB = r'(?:is|would\s+be|must\s+be|should\s+be|has\s+to\s+be)'
+_ADVERB = r'(?:\s+(?:actually|clearly|indeed|simply|therefore|thus|approximately|about))?'
+_IS = (
+    r'(?:\s+to\s+(?:the|this)\s+(?:question|problem))?\W{0,4}?'
+    rf'(?:\s*{_VERB}{_ADVERB}\s*:?|\s*[:=\uff1a\u2013\u2192-]|\s*\n)'
+)
+_OF_A_CHOICE = r'\s*(?:(?:option|choice|letter)\s+)?'
+_ANNOUNCED = (
+    r'(?:(?<!wrong\s)(?<!incorrect\s)(?<!other\s)\b(?:answer|(?:correct|right|best)\s+(?:option|choice))s?\b'
+    rf'{_IS}{_OF_A_CHOICE}|\\boxed\{{)'
+)
+_OPENED = r'(?:[\s*_`"\'(\[<\u201c\u2018]|\\[(\[]|\$(?!\s*[\d.-])|\\(?:boxed|text|textbf|mathrm|mathbf)\{)*'
 
 _YES_NO = {'yes': True, 'true': True, 'no': False, 'false': False}
-_YES_OR_NO = r'\b(yes|no|true|false)\b'
+# "no answer", "no longer" and "not true" say something else, and "yes or no" repeats the question.
+_ELSE = r'(?:answer|information|one|doubt|evidence|longer|mention|indication|problem)\b'
+_YES_OR_NO = (
+    r'(?<!not\s)(?<!or\s)(?<![a-z0-9])(yes|no|true|false)(?![a-z0-9]|-\w)'
+    rf'(?!\s+{_ELSE})(?!["\s]*(?:or|/)[\s"]*(?:yes|no|true|false|answer)\b)'
+)
 
 # Thousands may be grouped as in India: 1,50,000.
 _DIGITS = r'(?:\d{1,3}(?:[,\u202f\u00a0]\d{2,3})*[,\u202f\u00a0]\d{3}|\d+)(?:\.\d+)?|\.\d+'
-# A sign belongs to a number unless it stands after one, or after a word, as in "7-3" and "part-2".
-_NUMBER = rf'(?<![\d.])(?:(?<![\w)])[-\u2212]\s?)?(?:[$€£]\s?)?(?:{_DIGITS})(?![\d])'
+_CURRENCY = r'(?:(?:US)?\\?[$\u20ac\u00a3\u00a5]\s?|USD\s?)'
+# A sign belongs to a number unless it stands after one, or after a word, as in "7 - 3" and "part-2".
+_NUMBER = rf'(?<![\d.])(?:(?<![\w)])(?<!\d\s)[-\u2212]\s?)?(?:{_CURRENCY}[-\u2212]?\s?)?(?:{_DIGITS})(?!\d)'
 
 
 def find_yes_or_no(text: str) -> Optional[bool]:
@@ -46,38 +61,47 @@ def find_yes_or_no(text: str) -> Optional[bool]:
 def find_letter(text: str, letters: Sequence[str] = 'ABCD') -> Optional[str]:
     """Returns the letter of a choice.
 
-    The last "answer: ..." counts, then a letter that is all of the text or labels its start ("B.", "(B)"),
-    then the only one that is named in brackets or as "option B". The article in "A good answer" is no choice.
+    The last "answer: ..." counts, then a letter that is all of the first line or labels its start ("B.", "(B)") while
+    no other line starts so, then the only one that is named in brackets, as "option B" or as "B is correct". The
+    article in "A good answer" is no choice, and neither are several.
 
     Args:
         text (str): The generated text.
         letters (Sequence[str]): The letters of the choices. Default: A to D.
     """
-    capital, small = ''.join(letters), ''.join(letters).lower()
-    # "the answer is a matter of taste" announces nothing.
-    letter = rf'([{capital}](?![\w\'])|[{small}](?![\w\']|\s+[a-z]))'
+    every = ''.join(letters) + ''.join(letters).lower()
+    # Neither one of several, nor part of a word or formula, nor the article: "the answer is a matter of taste".
+    end = rf"(?![\w']|-\w|\+|\s*=|(?:\s*,)?\s*(?:,|\band\b|\bor\b)\s*\(?[{every}]\b)"
+    letter = rf'(?:(?!a\s+[a-z])([{every}]){end})'
     announced = re.findall(rf'(?i:{_ANNOUNCED}){_OPENED}{letter}', text)
     if announced:
         return announced[-1].upper()
-    first = re.match(rf'{_OPENED}([{capital}{small}])(?:\s*[)\].:,*}}$]|\s*$)', text)
-    if first:
-        return first[1].upper()
-    named = re.findall(rf'\(([{capital}{small}])\)|(?i:\b(?:option|choice)\s+){letter}', text)
-    said = {(bracketed or option).upper() for bracketed, option in named}
+    labels = re.findall(rf'^{_OPENED}{letter}(?:\s*[)\].:,*$]|[ \t]*$)', text, re.MULTILINE)
+    if labels and re.match(_OPENED + letter, text):
+        return labels[0].upper() if len({label.upper() for label in labels}) == 1 else None
+    named = re.findall(
+        rf'\(([{every}])\)|(?i:\b(?:option|choice)\s+){letter}|\b{letter}\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b',
+        text,
+    )
+    said = {''.join(found).upper() for found in named}
     return said.pop() if len(said) == 1 else None
 
 
 def find_number(text: str) -> Optional[Decimal]:
     """Returns the number that a text ends with.
 
-    What stands after the last "####" counts, else what stands after the last "answer is ...", else the last number.
-    Thousands separators, currencies, units and trailing zeros do not matter.
+    What stands after the last "####", "answer is ..." or box counts, whichever comes last; of an equation its right
+    side; else the last number of the text. Thousands separators, currencies, units and trailing zeros do not matter.
     """
-    _, marker, marked = text.rpartition('####')
-    announced = re.findall(rf'(?i:{_ANNOUNCED}){_OPENED}({_NUMBER})', text)
-    numbers = re.findall(_NUMBER, marked)[:1] if marker else []
-    numbers = numbers or announced[-1:] or re.findall(_NUMBER, text)[-1:]
-    return _decimal(numbers[0]) if numbers else None
+    text = text.replace('{,}', ',')
+    markers = re.finditer(rf'####|(?i:{_ANNOUNCED})', text)
+    for marker in reversed(list(markers)):
+        line = re.split(r'\n|\.\s', text[marker.end() :].lstrip('\n '), maxsplit=1)[0]
+        numbers = re.findall(_NUMBER, line.rpartition('=')[2])
+        if numbers:
+            return _decimal(numbers[0])
+    numbers = re.findall(_NUMBER, text)
+    return _decimal(numbers[-1]) if numbers else None
 
 
 def _decimal(number: str) -> Decimal:
