@@ -159,7 +159,11 @@ def evaluate(
     )
     settings = _settings(rules, options)
     chosen = {'weights': weights, 'dtype': dtype, 'tokenizer': tokenizer}
+    if at and every_update:
+        raise click.UsageError('Give --at or --every-update, not both.')
     if settings:
+        if average is not None:
+            raise click.UsageError('--average belongs to one checkpoint: leave it out beside --rule.')
         chosen |= {'at': at, 'every_update': every_update, 'initial_model': initial_model}
         chosen['weights'] = weights or TRAINING
     else:

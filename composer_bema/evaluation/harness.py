@@ -74,6 +74,7 @@ class Questions:
         if chat and not has_template:
             raise ValueError('The tokenizer has no chat template: leave out --chat-template.')
         self._chat = has_template if chat is None else chat
+        self._system = SYSTEM_PROMPT if self._chat and _takes_system_prompt(tokenizer) else None
         self._protocol = protocol
         self._tokenizer = tokenizer
         self._backend = backend
@@ -104,7 +105,7 @@ class Questions:
                         tasks=[*sets.values()],
                         task_manager=self._manager,
                         apply_chat_template=self._chat,
-                        system_instruction=SYSTEM_PROMPT if self._chat else None,
+                        system_instruction=self._system,
                         fewshot_as_multiturn=self._chat,
                         torch_random_seed=self._protocol.seed,
                         bootstrap_iters=0,
@@ -202,6 +203,19 @@ def _task_manager() -> Any:
 
     # It would look through the thousands of files that the harness's own tasks have.
     return TaskManager(include_defaults=False)
+
+
+def _takes_system_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:
+    from jinja2.exceptions import TemplateError
+
+    turns = [{'role': role, 'content': 'x'} for role in ('system', 'user')]
+    try:
+        tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        # Gemma's refuses it, for one.
+        log.info('The chat template takes no system prompt (%s), and gets none.', error)
+        return False
+    return True
 
 
 def _max_new_tokens(task: Any) -> int:

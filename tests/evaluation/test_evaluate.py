@@ -124,6 +124,11 @@ def test_files_of_text(model, tmp_path):
         (['--tasks', 'boolq', '--data', 'boolq=nowhere'], "There is no file 'nowhere' with the questions of boolq."),
         (['--tasks', 'gsm8k', '--mode', 'log-likelihood'], 'The answers of gsm8k are free'),
         (['--tasks', 'boolq', '--half-life', '3'], '--half-life belongs to averages: add --rule.'),
+        (
+            ['--tasks', 'boolq', '--rule', 'ema', '--at', '4', '--every-update'],
+            'Give --at or --every-update, not both.',
+        ),
+        (['--tasks', 'boolq', '--rule', 'ema', '--average', 'EMA'], '--average belongs to one checkpoint'),
         (['--tasks', 'boolq', '--every-update'], '--every-update belongs to averages: add --rule.'),
         (['--tasks', 'boolq', '--rule', 'training', '--rule', 'training'], "The rule 'training' is there twice."),
         (['--tasks', 'boolq', '--rule', 'median'], "There is no rule 'median'"),

@@ -100,6 +100,15 @@ def test_chat_templates_have_turns():
     assert prompt.count('<user>') == 2
 
 
+def test_a_chat_template_without_a_system_turn():
+    tokenizer = make_tokenizer(chat=True)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    questions = Questions(['boolq'], Protocol('log-likelihood', questions=1), tokenizer, files=FILES)
+    _, [generation] = questions.ask(make_model())
+    assert generation.prompt.startswith('<user>Read the passage')
+
+
 def test_examples_come_before_a_question():
     _, generations = ask('mmlu_hs', mode='log-likelihood', few_shot=1, questions=1)
     assert all(generation.prompt.count('Response:') == 2 for generation in generations)

@@ -22,19 +22,25 @@ Texts = Callable[[PreTrainedTokenizerBase], Mapping[str, Iterable[Mapping[str, A
 
 
 class FirstBatches:
-    """The first batches of a loader, each time that it is gone through.
+    """The first batches of a loader, the same each time that they are gone through.
 
     Args:
         loader: The loader.
-        count: How many; None for all.
+        count: How many, which are kept in memory; None for all.
     """
 
     def __init__(self, loader: Iterable[Mapping[str, Any]], count: int | None) -> None:
         self.loader = loader
         self.count = count
+        self.kept: list[Mapping[str, Any]] | None = None
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return itertools.islice(self.loader, self.count)
+        if self.count is None:
+            return iter(self.loader)
+        if self.kept is None:
+            # A streaming loader that shuffles begins with others the next time.
+            self.kept = list(itertools.islice(self.loader, self.count))
+        return iter(self.kept)
 
 
 def texts_of_files(
