@@ -47,7 +47,7 @@ def find_yes_or_no(text: str) -> Optional[bool]:
     The last "answer: ..." counts, then the first word of the text, then a word that the text has without its opposite.
     True and false count as yes and no.
     """
-    text = text.lower()
+    text = _squeezed(text).lower()
     announced = re.findall(_ANNOUNCED + _OPENED + _YES_OR_NO, text)
     if announced:
         return _YES_NO[announced[-1]]
@@ -69,6 +69,7 @@ def find_letter(text: str, letters: Sequence[str] = 'ABCD') -> Optional[str]:
         text (str): The generated text.
         letters (Sequence[str]): The letters of the choices. Default: A to D.
     """
+    text = _squeezed(text)
     every = ''.join(letters) + ''.join(letters).lower()
     # Neither one of several, nor part of a word or formula, nor the article: "the answer is a matter of taste".
     end = rf"(?![\w']|-\w|\+|\s*=|(?:\s*,)?\s*(?:,|\band\b|\bor\b)\s*\(?[{every}]\b)"
@@ -93,7 +94,7 @@ def find_number(text: str) -> Optional[Decimal]:
     What stands after the last "####", "answer is ..." or box counts, whichever comes last; of an equation its right
     side; else the last number of the text. Thousands separators, currencies, units and trailing zeros do not matter.
     """
-    text = text.replace('{,}', ',')
+    text = _squeezed(text).replace('{,}', ',')
     markers = re.finditer(rf'####|(?i:{_ANNOUNCED})', text)
     for marker in reversed(list(markers)):
         line = re.split(r'\n|\.\s', text[marker.end() :].lstrip('\n '), maxsplit=1)[0]
@@ -102,6 +103,11 @@ def find_number(text: str) -> Optional[Decimal]:
             return _decimal(numbers[0])
     numbers = re.findall(_NUMBER, text)
     return _decimal(numbers[-1]) if numbers else None
+
+
+def _squeezed(text: str) -> str:
+    # Models go on with blanks for ever, over which patterns would go again and again.
+    return re.sub(r'\n\s+', '\n', re.sub(r'[^\S\n]+', ' ', text))
 
 
 def _decimal(number: str) -> Decimal:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union, get_args
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_bema.evaluation.measurements import Measurement, mean_over
 from composer_bema.evaluation.tasks import SYSTEM_PROMPT, Protocol, task_configs
@@ -155,7 +155,8 @@ class Questions:
             encoded: Any = self._tokenizer('a')
             ends = encoded['input_ids'][-1:] == [self._tokenizer.eos_token_id]
             specials = {'add_bos_token': False} if ends else {}
-            yield model_class(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size, **specials)
+            with _without_settings_of_its_own(model):
+                yield model_class(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size, **specials)
             return
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -203,6 +204,18 @@ def _task_manager() -> Any:
 
     # It would look through the thousands of files that the harness's own tasks have.
     return TaskManager(include_defaults=False)
+
+
+@contextlib.contextmanager
+def _without_settings_of_its_own(model: PreTrainedModel) -> Iterator[None]:
+    """Takes away how a model would generate by itself (min_p, max_new_tokens, ...), for the protocol says that."""
+    own = model.generation_config
+    tokens = {name: getattr(own, name, None) for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    model.generation_config = GenerationConfig(**tokens)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _takes_system_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:

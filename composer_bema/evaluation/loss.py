@@ -44,7 +44,13 @@ def measure_loss(task: str, model: PreTrainedModel, batches: Iterable[Mapping[st
     losses: list[float] = []
     hits: list[float] = []
     counts: list[float] = []
+    context = getattr(model.config, 'max_position_embeddings', None)
     for batch in batches:
+        shape = batch['input_ids'].shape
+        if len(shape) != 2:
+            raise ValueError(f'{task} has no rows of tokens, but batches of the shape {tuple(shape)}: name a text.')
+        if context and shape[1] > context:
+            raise ValueError(f'{task} has rows of {shape[1]} tokens, and the context of the model {context}: cut it.')
         inputs = {name: batch[name].to(model.device) for name in _INPUTS if name in batch}
         targets = batch['labels'][:, 1:].to(model.device)
         logits = model(**inputs, use_cache=False).logits[:, :-1]

@@ -97,6 +97,7 @@ class QuestionSet:
         is_right (Callable): Returns whether a text answers a row rightly; None where it gives no answer.
         choices (tuple[str, ...]): What log-likelihoods compare; none where answers are free.
         choice (Callable): Returns the index of the right one.
+        answer_type (type): What the column ``answer`` holds.
         subject (str, optional): The value of the column ``subject`` of the rows that are asked. Default: all.
     """
 
@@ -111,6 +112,7 @@ class QuestionSet:
     is_right: Callable[[str, Row], Optional[bool]]
     choices: tuple[str, ...] = ()
     choice: Optional[Callable[[Row], int]] = None
+    answer_type: type = str
     subject: Optional[str] = None
 
 
@@ -171,6 +173,7 @@ _BOOLQ = QuestionSet(
     is_right=_boolq_is_right,
     choices=('Answer: no', 'Answer: yes'),
     choice=lambda row: int(row['answer']),
+    answer_type=bool,
 )
 _GSM8K = QuestionSet(
     path='openai/gsm8k',
@@ -198,6 +201,7 @@ def _high_school(subject: str) -> QuestionSet:
         is_right=_mmlu_is_right,
         choices=tuple(f'Answer: {letter}' for letter in LETTERS),
         choice=lambda row: row['answer'],
+        answer_type=int,
         subject=f'high_school_{subject}',
     )
 
@@ -313,6 +317,12 @@ def _parts(rows: Any, questions: QuestionSet, protocol: Protocol) -> tuple[Any, 
     missing = next((column for column in questions.columns if column not in rows.column_names), None)
     if missing is not None:
         raise ValueError(f"The questions of '{questions.path}' have no column '{missing}', but {rows.column_names}.")
+    wrong = next((answer for answer in rows['answer'] if type(answer) is not questions.answer_type), None)
+    if wrong is not None:
+        expected = {bool: 'true or false', int: 'the number of a choice from 0 on', str: 'a text'}[
+            questions.answer_type
+        ]
+        raise ValueError(f"An answer to the questions of '{questions.path}' is {wrong!r}, and should be {expected}.")
     if questions.subject is not None:
         rows = rows.select([i for i, subject in enumerate(rows['subject']) if subject == questions.subject])
     available = len(rows) - protocol.few_shot

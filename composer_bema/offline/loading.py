@@ -17,6 +17,7 @@ __all__ = ['load_weights']
 
 # What PEFT puts into the names of an adapter's weights while they are in a model: the adapter's own.
 _ADAPTER = '.default'
+_REFERENCE = 'reference_model.'
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], what: str = 'the model') -> None:
@@ -34,7 +35,9 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], wh
     """
     state, first = model.state_dict(), first_names(model)
     own = {name.replace(_ADAPTER, ''): name for name in state} if hasattr(model, 'peft_config') else {}
-    named = {_own_name(name, state, own) or name: tensor for name, tensor in weights.items()}
+    # What DPO compares with is in its checkpoints, and not in its policy.
+    policy = {name: tensor for name, tensor in weights.items() if not name.startswith(_REFERENCE)}
+    named = {_own_name(name, state, own) or name: tensor for name, tensor in policy.items()}
     # A Hugging Face folder has a tied parameter once, and an adapter's not its base.
     wanted = [name for name in state if not own or _ADAPTER in name]
     missing = next((name for name in wanted if name not in named and first.get(name, name) not in named), None)

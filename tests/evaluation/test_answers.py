@@ -138,3 +138,10 @@ def test_number(text, number):
 def test_what_counts_as_equal_numbers():
     assert find_number('#### 42.0') == find_number('the answer is 42') == Decimal(42)
     assert find_number('#### 42.1') != Decimal(42)
+
+
+@pytest.mark.parametrize('find', [find_letter, find_number, find_yes_or_no])
+@pytest.mark.parametrize('run', [' ', '\n', ' \n', '*', '(', '-', '1,000', 'answer '])
+def test_endless_repetition_takes_no_time(find, run):
+    for start in ('answer', 'The answer is', '#### '):
+        find(start + run * 3000 + 'zz')

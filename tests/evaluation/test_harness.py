@@ -69,6 +69,15 @@ def test_greedy_generations_are_the_models():
     assert len(generation.answers[0]) > 20
 
 
+def test_a_models_own_settings_do_not_count():
+    other = type(make_model())(make_model().config).eval()
+    other.load_state_dict(make_model().state_dict())
+    other.generation_config.update(max_new_tokens=5, min_p=0.9, repetition_penalty=3.0)
+    asked = [ask('boolq', mode='greedy', questions=1, model=model) for model in (make_model(), other)]
+    assert asked[0] == asked[1]
+    assert other.generation_config.max_new_tokens == 5
+
+
 def test_samples_differ_and_can_be_drawn_again():
     first, again = (ask('gsm8k', 'boolq', samples=3, questions=2) for _ in range(2))
     assert first == again

@@ -96,3 +96,11 @@ def test_a_loss_beyond_floats_has_an_infinite_perplexity():
 def test_nothing_to_predict(batches):
     with pytest.raises(ValueError, match=r'^loss-text has no token to predict: give it a longer text\.$'):
         measure_loss('loss-text', make_model(), batches)
+
+
+def test_rows_that_are_too_long_or_none():
+    with pytest.raises(ValueError, match='loss-text has rows of 12 tokens, and the context of the model 8: cut it'):
+        measure_loss('loss-text', make_model(context=8), [batch_of(1)])
+    pairs = {name: tensor[None] for name, tensor in batch_of(2).items()}
+    with pytest.raises(ValueError, match=r'no rows of tokens, but batches of the shape \(1, 2, 12\)'):
+        measure_loss('loss-text', make_model(), [pairs])

@@ -100,6 +100,12 @@ def test_a_column_is_missing():
         config_of('boolq')['process_docs'](boolq(3).remove_columns('passage'))
 
 
+def test_answers_of_another_type():
+    rows = rows_of(3, question=str, passage=str, answer=lambda i: 'yes')
+    with pytest.raises(ValueError, match="An answer to .* is 'yes', and should be true or false"):
+        config_of('boolq')['process_docs'](rows)
+
+
 @pytest.mark.parametrize(
     ('task', 'name', 'row', 'answers', 'right', 'silent'),
     [
