@@ -158,7 +158,7 @@ class Ranks:
         name = f' ({signal.Signals(-code).name})' if -code in signal.Signals.__members__.values() else ''
         return (
             f'Rank {rank} of {self.world_size} ended with exit code {code}{name} and no result. It printed:\n'
-            f'{self.output(rank)[-5000:]}'
+            f'{self.output(rank)[-20000:]}'
         )
 
 

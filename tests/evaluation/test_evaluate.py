@@ -27,6 +27,8 @@ def run(tmp_path_factory):
     settings['algorithms'] = {'bema': {'update_interval': '1ba', 'eval_labels': ['two'], 'save_weights': 'training'}}
     settings |= {'save_folder': f'{folder}/run/checkpoints', 'save_interval': '1ba', 'eval_interval': '1ba'}
     train(load_config(write_yaml(folder, settings)))
+    # Other tests of this process make groups of their own.
+    torch.distributed.destroy_process_group()
     return folder / 'run'
 
 
