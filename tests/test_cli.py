@@ -238,7 +238,10 @@ def test_none_switches_a_power_off(checkpoints):
     [
         (['--rule', 'lawa', '--window', '2', '--lag', '3'], "The rule 'lawa' has no setting 'lag', but window."),
         (['--rule', 'lawa'], "The rule 'lawa' needs the setting 'window'."),
-        (['--rule', 'law'], "There is no rule 'law', but bema, ema, ouema, dema, lawa, swa_window, decay_merge."),
+        (
+            ['--rule', 'law'],
+            "There is no rule 'law', but training, bema, ema, ouema, dema, lawa, swa_window, decay_merge.",
+        ),
         (['--rule', 'bema'], 'name them as the initial model (--initial-model), or start later (--update-after 10).'),
         (['--rule', 'bema', '--update-after', '50'], 'has no update: no checkpoint'),
         (['--rule', 'lawa', '--window', '2', '--at', '15'], 'has no update at step 15, but at 10, 20, 30, 40, 50.'),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ['RULE_HELP', 'average_options', 'build_setting']
 
-RULE_HELP = 'bema, ema, ouema, dema, lawa, swa_window or decay_merge'
+RULE_HELP = 'bema, ema, ouema, dema, lawa, swa_window, decay_merge or training'
 
 
 class NumberOrNone(click.ParamType):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from composer_bema.cli.averages import RULE_HELP, average_options, build_setting
+from composer_bema.cli.options import NamedFile, grouped, refuse
 from composer_bema.cli.processes import show_log
 
 if TYPE_CHECKING:
@@ -22,26 +23,54 @@ if TYPE_CHECKING:
 
 __all__ = ['evaluate']
 
-TRAINING = 'training'
+_COUNT = click.IntRange(min=1)
 
 
-class NamedFile(click.ParamType):
-    """A name and a file, written as ``name=file``."""
+class Asking(NamedTuple):
+    """How questions are asked."""
 
-    name = 'name=file'
+    mode: Any
+    samples: int
+    questions: int | None
+    few_shot: int
+    chain_of_thought: bool
+    seed: int
+    chat: bool | None
+    data: tuple[tuple[str, str], ...]
+    save_generations: bool
+    backend: Any
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """Split at the first sign of equality."""
-        name, _, file = str(value).partition('=')
-        if not name or not file:
-            self.fail(f'{value!r} is not of the form NAME=FILE.', param, ctx)
-        return name, file
+
+class Reading(NamedTuple):
+    """Texts of which the loss is measured."""
+
+    text: tuple[tuple[str, str], ...]
+    run: str | None
+    max_seq_len: int | None
+    batches: int | None
 
 
-def question_options(command: Any) -> Any:
-    """Give a command the settings of how questions are asked."""
-    count = click.IntRange(min=1)
-    options = [
+class Holding(NamedTuple):
+    """Which weights of a target are taken, and how they are held."""
+
+    weights: str | None
+    average: str | None
+    tokenizer: str | None
+    dtype: str | None
+    device: str | None
+
+
+class Averaging(NamedTuple):
+    """Which averages of a directory are taken."""
+
+    rules: tuple[str, ...]
+    every_update: bool
+
+
+_asking = grouped(
+    'asking',
+    Asking,
+    [
         click.option(
             '--mode',
             type=click.Choice(['sample', 'greedy', 'log-likelihood']),
@@ -49,11 +78,17 @@ def question_options(command: Any) -> Any:
             show_default=True,
             help='Draw answers at temperature 1, take the likeliest one, or compare the choices.',
         ),
-        click.option('--samples', type=count, default=50, show_default=True, help='Answers to each question.'),
-        click.option('--questions', type=count, help='Of each set.  [default: 64; gsm8k 128]'),
+        click.option('--samples', type=_COUNT, default=50, show_default=True, help='Answers drawn to each question.'),
+        click.option('--questions', type=_COUNT, help='Of each set.  [default: 64; gsm8k 128]'),
         click.option('--few-shot', type=click.IntRange(min=0), default=0, show_default=True, help='Examples before.'),
         click.option('--chain-of-thought', is_flag=True, help='Ask for steps first; gsm8k always does.'),
-        click.option('--seed', type=click.IntRange(min=0), default=37371, show_default=True, help='Of the choice.'),
+        click.option(
+            '--seed',
+            type=click.IntRange(0, 2**32 - 1),
+            default=37371,
+            show_default=True,
+            help='Of the choice of questions, and of the answers that are drawn.',
+        ),
         click.option(
             '--chat-template/--no-chat-template',
             'chat',
@@ -67,71 +102,67 @@ def question_options(command: Any) -> Any:
         click.option(
             '--backend', type=click.Choice(['hf', 'vllm']), default='hf', show_default=True, help='What generates.'
         ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    ],
+)
 
-
-def text_options(command: Any) -> Any:
-    """Give a command the choice of texts."""
-    count = click.IntRange(min=1)
-    options = [
+_reading = grouped(
+    'reading',
+    Reading,
+    [
         click.option(
             '--text', type=NamedFile(), multiple=True, help='NAME=FILE, a text or JSONL file for `loss`; repeatable.'
         ),
         click.option('--run', type=click.Path(), help="A run's folder or YAML whose texts are taken.  [default: its]"),
-        click.option('--max-seq-len', type=click.IntRange(min=2), default=1024, show_default=True, help='Of --text.'),
-        click.option('--batches', type=count, help='Of each text only the first.  [default: all]'),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+        click.option(
+            '--max-seq-len', type=click.IntRange(min=2), help="Of --text.  [default: 1024, or the model's context]"
+        ),
+        click.option('--batches', type=_COUNT, help='Of each text only the first.  [default: all]'),
+    ],
+)
+
+_holding = grouped(
+    'holding',
+    Holding,
+    [
+        click.option(
+            '--weights', help='Of Composer checkpoints, see `export`.  [default: average; with --rule training]'
+        ),
+        click.option('--average', help="Which average, by its class ('BEMA'), where the run had several."),
+        click.option('--tokenizer', help="A folder or hub name.  [default: the target's]"),
+        click.option('--dtype', help="float32, bfloat16, float16 or float64.  [default: the target's]"),
+        click.option('--device', help='Such as cpu or cuda:1.  [default: the GPU where there is one]'),
+    ],
+)
+
+_averaging = grouped(
+    'averaging',
+    Averaging,
+    [
+        click.option('--rule', 'rules', multiple=True, help=f'{RULE_HELP}; repeatable. TARGET is then a directory.'),
+        click.option('--every-update', is_flag=True, help='Take averages at all of their updates, not only the last.'),
+    ],
+)
 
 
 @click.command()
 @click.argument('target', metavar='TARGET')
 @click.option('--tasks', required=True, help='loss, boolq, gsm8k, mmlu_hs; several with commas.')
 @click.option('--out', required=True, type=click.Path(), help='The folder to make.')
-@click.option('--rule', 'rules', multiple=True, help=f'training, {RULE_HELP}; repeatable. TARGET is then a directory.')
+@_averaging
 @average_options
-@click.option('--every-update', is_flag=True, help='Take averages at all of their updates, not only the last.')
-@click.option('--weights', help='Of Composer checkpoints, see `export`.  [default: average; with --rule training]')
-@click.option('--average', help="Which average, by its class ('BEMA'), where the run had several.")
-@question_options
-@text_options
-@click.option('--batch-size', type=click.IntRange(min=1), default=16, show_default=True, help='Sequences at a time.')
-@click.option('--tokenizer', help="A folder or hub name.  [default: the target's]")
-@click.option('--dtype', help="float32, bfloat16, float16 or float64.  [default: the target's]")
-@click.option('--device', help='Such as cpu or cuda:1.  [default: the GPU where there is one]')
+@_holding
+@_asking
+@_reading
+@click.option('--batch-size', type=_COUNT, default=16, show_default=True, help='Sequences at a time.')
 def evaluate(
     target: str,
     tasks: str,
     out: str,
-    rules: tuple[str, ...],
-    at: tuple[int, ...],
-    initial_model: str | None,
-    every_update: bool,
-    weights: str | None,
-    average: str | None,
-    mode: Any,
-    samples: int,
-    questions: int | None,
-    few_shot: int,
-    chain_of_thought: bool,
-    seed: int,
-    chat: bool | None,
-    data: tuple[tuple[str, str], ...],
-    save_generations: bool,
-    backend: Any,
-    text: tuple[tuple[str, str], ...],
-    run: str | None,
-    max_seq_len: int,
-    batches: int | None,
+    averaging: Averaging,
+    holding: Holding,
+    asking: Asking,
+    reading: Reading,
     batch_size: int,
-    tokenizer: str | None,
-    dtype: str | None,
-    device: str | None,
     **options: Any,
 ) -> None:
     """Measure weights on tasks: their loss on texts, or the accuracy of their answers to questions.
@@ -148,46 +179,54 @@ def evaluate(
 
     show_log(None)
     names = [name.strip() for name in tasks.split(',') if name.strip()]
+    _refuse_idle(asking, reading, averaging, options, loss=LOSS in names, questions=bool({*names} - {LOSS}))
     suite = Suite(
         names,
-        Protocol(mode, samples, questions, few_shot, chain_of_thought, seed),
-        texts=_texts(target, text, run, max_seq_len, batch_size, batches) if LOSS in names else None,
-        files=dict(data),
-        chat=chat,
-        backend=backend,
+        Protocol(*asking[:6]),
+        texts=_texts(target, reading, batch_size) if LOSS in names else None,
+        files=dict(asking.data),
+        chat=asking.chat,
+        backend=asking.backend,
         batch_size=batch_size,
     )
-    settings = _settings(rules, options)
-    chosen = {'weights': weights, 'dtype': dtype, 'tokenizer': tokenizer}
-    if at and every_update:
-        raise click.UsageError('Give --at or --every-update, not both.')
+    settings = _settings(averaging.rules, options)
+    chosen = {name: value for name, value in holding._asdict().items() if name != 'device' and value is not None}
     if settings:
-        if average is not None:
-            raise click.UsageError('--average belongs to one checkpoint: leave it out beside --rule.')
-        chosen |= {'at': at, 'every_update': every_update, 'initial_model': initial_model}
-        chosen['weights'] = weights or TRAINING
+        chosen |= {'at': options['at'], 'initial_model': options['initial_model']}
+        chosen['every_update'] = averaging.every_update
+    opened = open_target(target, settings, device=_device(holding.device), **chosen)
+    click.echo(run_evaluation(opened, suite, out, save_generations=asking.save_generations))
+
+
+def _refuse_idle(
+    asking: Asking, reading: Reading, averaging: Averaging, options: dict[str, Any], *, loss: bool, questions: bool
+) -> None:
+    """Refuse options that would have no effect beside the others."""
+    if not loss:
+        refuse(Reading._fields, "belongs to the task 'loss', which is not among --tasks.")
+    elif not reading.text:
+        refuse(['max_seq_len'], "belongs to --text: the texts of a run have the run's length.")
+    if not questions:
+        refuse(Asking._fields, 'belongs to questions, and none of --tasks asks any.')
+    elif asking.mode != 'sample':
+        refuse(['samples'], f'belongs to --mode sample: with {asking.mode} there is one answer.')
+    if not averaging.rules:
+        refuse([*options, 'every_update'], 'belongs to averages: add --rule.')
     else:
-        _refuse_without_rule(at=at, every_update=every_update, initial_model=initial_model, **options)
-        chosen |= {'average': average, 'weights': weights or 'average'}
-    opened = open_target(target, settings, device=_device(device), **chosen)
-    click.echo(run_evaluation(opened, suite, out, save_generations=save_generations))
+        refuse(['average'], 'belongs to one checkpoint: leave it out beside --rule.')
+    if averaging.every_update and options['at']:
+        raise click.UsageError('Give --at or --every-update, not both.')
 
 
 def _settings(rules: Sequence[str], options: dict[str, Any]) -> dict[str, Setting]:
-    """Make the settings of the rules, by what they are called; training weights are an average of one checkpoint."""
-    from composer_bema.offline.settings import Setting
-
-    steps = {name: options[name] for name in ('update_freq', 'update_after')}
-    averages = [rule for rule in rules if rule != TRAINING]
+    """Make the settings of the rules, by what they are called."""
+    own = {name: value for name, value in options.items() if name not in ('at', 'initial_model')}
     settings = {}
     for rule in rules:
-        setting = (
-            Setting('lawa', {'window': 1}, **steps) if rule == TRAINING else build_setting(rule, options, averages)
-        )
-        name = TRAINING if rule == TRAINING else str(setting)
-        if name in settings:
-            raise click.UsageError(f"The rule '{name}' is there twice.")
-        settings[name] = setting
+        setting = build_setting(rule, own, rules)
+        if str(setting) in settings:
+            raise click.UsageError(f"The rule '{setting}' is there twice.")
+        settings[str(setting)] = setting
     return settings
 
 
@@ -201,20 +240,7 @@ def _device(name: str | None) -> torch.device:
         raise click.UsageError(f"There is no device '{device}' here: {str(error).splitlines()[0]}") from error
 
 
-def _refuse_without_rule(**options: Any) -> None:
-    name = next((name for name, value in options.items() if value), None)
-    if name is not None:
-        raise click.UsageError(f'--{name.replace("_", "-")} belongs to averages: add --rule.')
-
-
-def _texts(
-    target: str,
-    text: Sequence[tuple[str, str]],
-    run: str | None,
-    max_seq_len: int,
-    batch_size: int,
-    batches: int | None,
-) -> Texts:
+def _texts(target: str, reading: Reading, batch_size: int) -> Texts:
     """Return the texts of files, of a run, or of the run that the target belongs to."""
     from pathlib import Path
 
@@ -222,15 +248,15 @@ def _texts(
     from composer_bema.training.data.texts import texts_of_files, texts_of_run
     from composer_bema.training.outputs import CONFIG_FILE, run_folder_of
 
-    if text:
-        if run is not None:
+    if reading.text:
+        if reading.run is not None:
             raise click.UsageError('Give --text or --run, not both.')
         files: dict[str, list[str]] = {}
-        for name, file in text:
+        for name, file in reading.text:
             files.setdefault(name, []).append(file)
-        return texts_of_files(files, max_seq_len, batch_size, batches)
-    folder = Path(run) if run is not None else run_folder_of(target)
+        return texts_of_files(files, reading.max_seq_len or 1024, batch_size, reading.batches)
+    folder = Path(reading.run) if reading.run is not None else run_folder_of(target)
     if folder is None:
         raise click.UsageError("The task 'loss' needs texts: add --text NAME=FILE, or --run with a run's folder.")
     config = load_config(str(folder / CONFIG_FILE if folder.is_dir() else folder))
-    return texts_of_run(config, batch_size, batches)
+    return texts_of_run(config, batch_size, reading.batches)

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Optional, Union
+
+import torch
 
 from composer_bema.evaluation.loss import LOSS
 from composer_bema.evaluation.measurements import Measurement
@@ -56,7 +57,7 @@ def evaluate(target: Target, suite: Suite, out: Union[str, Path], *, save_genera
                 write_generations(subject, generations, folder)
         tasks = _tasks(suite, results)
         write_results(results, tasks, folder)
-        write_json(folder / PROTOCOL_FILE, _protocol(suite))
+        write_json(folder / PROTOCOL_FILE, _protocol(target, suite))
         files = ', '.join(str(Path(out) / path.name) for path in sorted(folder.iterdir()))
     return f'{table_of(results, tasks)}\n\n{files}'
 
@@ -75,16 +76,16 @@ def _at(step: Optional[int]) -> str:
     return '' if step is None else f' at step {step}'
 
 
-def _protocol(suite: Suite) -> dict[str, Any]:
+def _protocol(target: Target, suite: Suite) -> dict[str, Any]:
     """Returns what another person needs to know to measure the same."""
-    harness = {'lm_eval': metadata.version('lm_eval')} if suite.questions else {}
-    versions = {name: metadata.version(name) for name in ('composer_bema', 'torch', 'transformers')}
+    device = target.model.device
+    versions = ['composer_bema', 'torch', 'transformers', *(['lm_eval'] if suite.questions else [])]
     return {
+        **target.given,
+        'dtype': str(target.model.dtype).removeprefix('torch.'),
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         'tasks': list(suite.tasks),
-        **(dataclasses.asdict(suite.protocol) if suite.questions else {}),
-        'files': {task: str(file) for task, file in suite.files.items()},
-        'chat': suite.chat,
-        'backend': suite.backend,
+        **suite.described(target.tokenizer),
         'batch_size': suite.batch_size,
-        'versions': versions | harness,
+        'versions': {name: metadata.version(name) for name in versions},
     }

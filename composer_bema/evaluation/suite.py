@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,6 +75,15 @@ class Suite:
         """The tasks that ask questions."""
         return [task for task in self.tasks if task != LOSS]
 
+    def described(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Returns how the tasks are done for models of a tokenizer, as plain values."""
+        described: dict[str, Any] = {}
+        if self.questions:
+            described |= dataclasses.asdict(self.protocol) | {'samples': self.protocol.answers}
+            described['files'] = {task: str(file) for task, file in self.files.items()}
+            described |= {'chat': self._asks_in_chat(tokenizer), 'backend': self.backend}
+        return described
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Measure:
         """Reads the texts and questions, and returns what measures a model and tells what it has generated."""
         texts = self.texts(tokenizer) if self.texts is not None and LOSS in self.tasks else {}
@@ -83,7 +93,7 @@ class Suite:
                 self.questions,
                 self.protocol,
                 tokenizer,
-                chat=self.chat,
+                chat=self._asks_in_chat(tokenizer),
                 files=self.files,
                 backend=self.backend,
                 batch_size=self.batch_size,
@@ -97,3 +107,6 @@ class Suite:
             return measurements + asked, generations
 
         return measure
+
+    def _asks_in_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        return tokenizer.chat_template is not None if self.chat is None else self.chat

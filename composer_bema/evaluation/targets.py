@@ -14,7 +14,7 @@ from typing import Any, Optional, Union
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_bema.formats.composer import AVERAGE, Checkpoint, open_checkpoint
+from composer_bema.formats.composer import AVERAGE, TRAINING, Checkpoint, open_checkpoint
 from composer_bema.formats.pretrained import Pretrained, find_pretrained, is_pretrained
 from composer_bema.formats.tensors import dtype_named
 from composer_bema.offline.checkpoints import Source
@@ -50,36 +50,44 @@ class OneModel:
 
     Args:
         target (str): Its path or name.
-        weights (str): Of a Composer checkpoint, see :func:`.export`.
+        weights (str, optional): Of a Composer checkpoint, see :func:`.export`. Default: the average.
         average (str, optional): Which average, by its class, where a run had several.
         dtype (str, optional): What the model is held in. Default: what it is stored in.
         tokenizer (str, optional): The folder or name of its tokenizer. Default: its own.
         device (torch.device): Where the model is put.
+
+    Attributes:
+        model (PreTrainedModel): The model.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        given (Mapping[str, Any]): What was asked for.
     """
 
     def __init__(
         self,
         target: str,
         *,
-        weights: str = AVERAGE,
+        weights: Optional[str] = None,
         average: Optional[str] = None,
         dtype: Optional[str] = None,
         tokenizer: Optional[str] = None,
         device: torch.device,
     ) -> None:
-        step = None
+        self.given = {'target': target, 'weights': weights, 'average': average, 'tokenizer': tokenizer}
         if _is_composer(target):
-            step = open_checkpoint(target).batch
-            self._model, self.tokenizer = _load_exported(target, weights, average, dtype, tokenizer)
+            self._subject = Subject(weights or AVERAGE, open_checkpoint(target).batch)
+            self.model, self.tokenizer = _load_exported(target, self._subject.weights, average, dtype, tokenizer)
+        elif weights or average:
+            raise ValueError(
+                f"'{target}' is no checkpoint of Composer and has one set of weights: leave the choice out."
+            )
         else:
-            weights = target
-            self._model, self.tokenizer = _load(find_pretrained(target), dtype, tokenizer)
-        self._model.to(device)
-        self._subject = Subject(weights, step)
+            self._subject = Subject(target)
+            self.model, self.tokenizer = _load(find_pretrained(target), dtype, tokenizer)
+        self.model.to(device)
 
     def models(self) -> Iterator[tuple[Subject, PreTrainedModel]]:
         """Yields the model."""
-        yield self._subject, self._model
+        yield self._subject, self.model
 
 
 class Averages:
@@ -91,10 +99,15 @@ class Averages:
         at (Sequence[int]): The steps at which they are taken. Default: the last update of each.
         every_update (bool): Whether they are taken at all of their updates.
         initial_model (str, optional): See :class:`.Trajectory`.
-        weights (str): See :class:`.Trajectory`.
+        weights (str): See :class:`.Trajectory`. Default: ``'training'``.
         dtype (str, optional): What averages are held in. Default: the checkpoints' dtype.
         tokenizer (str, optional): The folder or name of the tokenizer. Default: the last checkpoint's.
         device (torch.device): Where the model is put.
+
+    Attributes:
+        model (PreTrainedModel): The model, which holds one average after another.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        given (Mapping[str, Any]): What was asked for.
     """
 
     def __init__(
@@ -105,11 +118,13 @@ class Averages:
         at: Sequence[int] = (),
         every_update: bool = False,
         initial_model: Optional[str] = None,
-        weights: str,
+        weights: str = TRAINING,
         dtype: Optional[str] = None,
         tokenizer: Optional[str] = None,
         device: torch.device,
     ) -> None:
+        self.given = {'target': checkpoints, 'averages': list(settings), 'at': list(at), 'every_update': every_update}
+        self.given |= {'initial_model': initial_model, 'weights': weights, 'tokenizer': tokenizer}
         self._dtype = dtype_named(dtype, 'dtype')
         self._trajectory = Trajectory(checkpoints, initial_model=initial_model, weights=weights)
         self._averages: list[tuple[str, Average]] = []
@@ -117,17 +132,17 @@ class Averages:
             steps = _updates(self._trajectory, setting) if every_update else at
             self._averages += [(name, average) for average in self._trajectory.plan(setting, steps)]
         last = self._trajectory.open([average for _, average in self._averages]).sources[-1]
-        self._model, self.tokenizer = _load_like(last, weights, dtype, tokenizer)
-        self._model.to(device)
+        self.model, self.tokenizer = _load_like(last, weights, dtype, tokenizer)
+        self.model.to(device)
 
     def models(self) -> Iterator[tuple[Subject, PreTrainedModel]]:
         """Yields the model with each of the averages in it; the weights before are gone then."""
         averages = [average for _, average in self._averages]
         computed = averaged_weights(self._trajectory, averages, dtype=self._dtype, show_progress=True)
         for (name, average), (_, weights) in zip(self._averages, computed, strict=True):
-            load_weights(self._model, weights)
+            load_weights(self.model, weights)
             setting = average.setting
-            yield Subject(name, average.step, {'rule': setting.rule, **setting.given}), self._model
+            yield Subject(name, average.step, {'rule': setting.rule, **setting.given}), self.model
 
 
 Target = Union[OneModel, Averages]

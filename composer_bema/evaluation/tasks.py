@@ -57,7 +57,7 @@ class Protocol:
         questions (int, optional): The questions of each set. Default: the paper's 64, and 128 of GSM8K.
         few_shot (int): The answered questions that precede each. Default: ``0``.
         chain_of_thought (bool): Whether to ask for steps first; GSM8K always does. Default: ``False``.
-        seed (int): Of the choice of questions. Default: the paper's.
+        seed (int): Of the choice of questions, and of the answers that are drawn. Default: the paper's.
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -77,8 +77,15 @@ class Protocol:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f'{name} must be a whole number, at least {least}, not {value!r}.')
+        if self.seed >= 2**32:
+            raise ValueError(f'seed must be less than 2**32, not {self.seed}.')
         if self.chain_of_thought and self.mode == 'log-likelihood':
             raise ValueError('With log-likelihood nothing is generated, so that there is no chain of thought.')
+
+    @property
+    def answers(self) -> int:
+        """The texts that are generated for each question."""
+        return {'sample': self.samples, 'greedy': 1, 'log-likelihood': 0}[self.mode]
 
 
 @dataclass(frozen=True)
@@ -280,13 +287,12 @@ def _generated(questions: QuestionSet, protocol: Protocol, chat: bool) -> dict[s
     how = {'do_sample': False, 'repetition_penalty': 1.0} if is_greedy else drawn
     # Without a chat's end of turn a model goes on and asks itself the next question.
     until = [] if chat else ['Question:', 'Passage:']
-    samples = 1 if is_greedy else protocol.samples
     return {
         'output_type': 'generate_until',
         'doc_to_target': questions.target,
-        'repeats': samples,
+        'repeats': protocol.answers,
         'generation_kwargs': {**how, 'max_gen_toks': questions.max_new_tokens, 'until': until},
-        'filter_list': [{'name': 'samples', 'filter': [{'function': 'take_first_k', 'k': samples}]}],
+        'filter_list': [{'name': 'samples', 'filter': [{'function': 'take_first_k', 'k': protocol.answers}]}],
         'process_results': partial(_judged, is_right=questions.is_right),
         'metric_list': [
             {'metric': 'acc', 'aggregation': 'mean', 'higher_is_better': True},

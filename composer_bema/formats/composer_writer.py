@@ -28,7 +28,7 @@ class ComposerWriter:
         folder (Path): Where it is written, under the name of the checkpoint that it is like.
         like (Checkpoint): The checkpoint whose timestamp and configuration it has.
         specs (Mapping[str, TensorSpec]): The weights by the names of its model.
-        model_holds (str): The class of the average that the weights are.
+        model_holds (str): What the weights are: the class of an average, or ``'training'``.
     """
 
     def __init__(self, folder: Path, like: Checkpoint, specs: Mapping[str, TensorSpec], model_holds: str) -> None:

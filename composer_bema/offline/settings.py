@@ -24,6 +24,11 @@ _SCHEDULED = (BEMA, DEMA, EMA, OUEMA)
 _OF_POWERS = ('ema_power', 'min_ema_multiplier', 'ema_update_after', 'lag', 'multiplier')
 
 
+def training() -> Window:
+    """Returns the weights of the checkpoint itself, beside which averages are judged."""
+    return Window(1)
+
+
 def lawa(window: int) -> Window:
     """Returns the mean of the last ``window`` checkpoints."""
     return Window(window)
@@ -49,6 +54,7 @@ def decay_merge(window: int, decay: DecayShape = 'linear') -> Window:
 
 # The arguments of these are the settings that a rule takes, but for the steps, which are not set by its own.
 RULES: dict[str, Callable[..., Rule]] = {
+    'training': training,
     'bema': bema_rule,
     'ema': ema_rule,
     'ouema': ouema_rule,
@@ -58,8 +64,8 @@ RULES: dict[str, Callable[..., Rule]] = {
     'decay_merge': decay_merge,
 }
 _STEPS = ('update_after', 'update_freq')
-# Names of the averages, where they are not those of the rules in capitals.
-_TITLES = {'swa_window': 'SWAWindow', 'decay_merge': 'DecayMerge'}
+# Names of the weights in manifests, where they are not those of the rules in capitals.
+_TITLES = {'training': 'training', 'swa_window': 'SWAWindow', 'decay_merge': 'DecayMerge'}
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ class Setting:
         known = settings_of(self.rule)
         for name in self.options:
             if name not in known:
-                raise ValueError(f"The rule '{self.rule}' has no setting '{name}', but {', '.join(known)}.")
+                raise ValueError(
+                    f"The rule '{self.rule}' has no setting '{name}', but {', '.join(known) or 'none at all'}."
+                )
         for name, parameter in known.items():
             if parameter.default is parameter.empty and name not in self.options:
                 raise ValueError(f"The rule '{self.rule}' needs the setting '{name}'.")
@@ -96,7 +104,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """What the average is called, as a class of it would be."""
+        """What the weights are called: as a class of the average would be, or ``'training'``."""
         if 'bias_power' in self.options and self.options['bias_power'] is None:
             return 'EMA'
         return _TITLES.get(self.rule, self.rule.upper())

@@ -96,6 +96,8 @@ def test_questions_and_their_generations(model, tmp_path):
     protocol = json.loads((out / 'protocol.json').read_text())
     assert (protocol['mode'], protocol['samples'], protocol['seed']) == ('sample', 2, 37371)
     assert protocol['versions']['lm_eval']
+    assert (protocol['target'], protocol['dtype'], protocol['device']) == (model, 'float32', 'cpu')
+    assert protocol['chat'] is False
 
 
 def test_files_of_text(model, tmp_path):
@@ -116,6 +118,16 @@ def test_files_of_text(model, tmp_path):
         (['--tasks', ','], 'Name a task: loss, boolq, gsm8k, mmlu_hs.'),
         (['--tasks', 'boolq,boolq'], "The task 'boolq' is there twice."),
         (['--tasks', 'loss'], 'add --text NAME=FILE'),
+        (['--tasks', 'boolq', '--text', 'a=b'], "--text belongs to the task 'loss', which is not among --tasks."),
+        (['--tasks', 'boolq', '--batches', '2'], "--batches belongs to the task 'loss'"),
+        (['--tasks', 'loss', '--run', 'x', '--max-seq-len', '8'], '--max-seq-len belongs to --text'),
+        (['--tasks', 'loss', '--text', 'a=b', '--seed', '0'], '--seed belongs to questions, and none of --tasks asks'),
+        (['--tasks', 'loss', '--text', 'a=b', '--no-chat-template'], '--chat-template belongs to questions'),
+        (
+            ['--tasks', 'boolq', '--mode', 'greedy', '--samples', '50'],
+            '--samples belongs to --mode sample: with greedy',
+        ),
+        (['--tasks', 'boolq', '--seed', str(2**32)], 'is not in the range 0<=x<=4294967295'),
         (['--tasks', 'loss', '--text', 'nothing'], "'nothing' is not of the form NAME=FILE."),
         (['--tasks', 'loss', '--text', 'a=nowhere.txt'], "No file matches 'nowhere.txt'."),
         (['--tasks', 'loss', '--text', 'a=b', '--run', 'c'], 'Give --text or --run, not both.'),
@@ -131,10 +143,15 @@ def test_files_of_text(model, tmp_path):
             'Give --at or --every-update, not both.',
         ),
         (['--tasks', 'boolq', '--rule', 'ema', '--average', 'EMA'], '--average belongs to one checkpoint'),
+        (['--tasks', 'boolq', '--half-life', '0'], '--half-life belongs to averages: add --rule.'),
+        (['--tasks', 'boolq', '--initial-model', 'x'], '--initial-model belongs to averages: add --rule.'),
+        (['--tasks', 'boolq', '--rule', 'training', '--lag', '3'], "The rule 'training' has no setting 'lag'"),
         (['--tasks', 'boolq', '--every-update'], '--every-update belongs to averages: add --rule.'),
         (['--tasks', 'boolq', '--rule', 'training', '--rule', 'training'], "The rule 'training' is there twice."),
         (['--tasks', 'boolq', '--rule', 'median'], "There is no rule 'median'"),
         (['--tasks', 'boolq', '--rule', 'ema'], 'is one checkpoint, not a directory of them'),
+        (['--tasks', 'boolq', '--weights', 'training'], 'has one set of weights: leave the choice out.'),
+        (['--tasks', 'boolq', '--average', 'BEMA'], 'has one set of weights: leave the choice out.'),
         (['--tasks', 'boolq', '--dtype', 'int8'], 'dtype must be'),
         (['--tasks', 'boolq', '--device', 'abacus'], "There is no device 'abacus' here: "),
         (['--tasks', 'boolq', '--device', 'cuda:77'], "There is no device 'cuda:77' here: "),

@@ -14,6 +14,7 @@ from composer_bema.offline.settings import RULES, Setting, settings_of
 POWERS = ('ema_power', 'lag', 'multiplier', 'min_ema_multiplier', 'half_life', 'schedule', 'ema_update_after')
 POWERS_OF_BETA = ('ema_power', 'min_ema_multiplier')
 SETTINGS = {
+    'training': set(),
     'bema': {*POWERS, 'bias_power'},
     'ema': {*POWERS, 'smoothing'},
     'ouema': {*POWERS, 'bias_power'},
@@ -40,6 +41,7 @@ def test_the_settings_of_every_rule(rule):
         (Setting('ema', update_after=5), 'EMA', 'ema update_after=5'),
         (Setting('ouema'), 'OUEMA', 'ouema'),
         (Setting('dema', {'half_life': 3.5}), 'DEMA', 'dema half_life=3.5'),
+        (Setting('training', update_freq=2), 'training', 'training update_freq=2'),
         (Setting('lawa', {'window': 4}), 'LAWA', 'lawa window=4'),
         (Setting('swa_window', {'horizon': 8, 'period': 4}), 'SWAWindow', 'swa_window horizon=8 period=4'),
         (
@@ -84,14 +86,18 @@ def test_rules_by_their_settings(rule, options, expected):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'rule': 'swa'}, "There is no rule 'swa', but bema, ema, ouema, dema, lawa, swa_window, decay_merge"),
+        (
+            {'rule': 'swa'},
+            "There is no rule 'swa', but training, bema, ema, ouema, dema, lawa, swa_window, decay_merge",
+        ),
         ({'rule': 'BEMA'}, "There is no rule 'BEMA'"),
-        ({'rule': {'a': 1}}, r"There is no rule \{'a': 1\}, but bema"),
+        ({'rule': {'a': 1}}, r"There is no rule \{'a': 1\}, but training, bema"),
         ({'rule': 'ema', 'options': {'bias_power': 1}}, "The rule 'ema' has no setting 'bias_power', but ema_power"),
         ({'rule': 'bema', 'options': {'update_freq': 2}}, "The rule 'bema' has no setting 'update_freq'"),
         ({'rule': 'ouema', 'options': {'update_after': 2}}, "The rule 'ouema' has no setting 'update_after'"),
         ({'rule': 'lawa', 'options': {'schedule': 'paper'}}, "The rule 'lawa' has no setting 'schedule', but window"),
         ({'rule': 'lawa'}, "The rule 'lawa' needs the setting 'window'"),
+        ({'rule': 'training', 'options': {'lag': 1.0}}, "The rule 'training' has no setting 'lag', but none at all."),
         ({'rule': 'decay_merge', 'options': {'decay': 'cosine'}}, "The rule 'decay_merge' needs the setting 'window'"),
         ({'rule': 'swa_window', 'options': {'period': 4}}, "The rule 'swa_window' needs the setting 'horizon'"),
         ({'rule': 'ema', 'update_freq': 0}, 'update_freq must be at least 1, but is 0'),

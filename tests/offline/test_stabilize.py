@@ -67,6 +67,17 @@ def test_offline_is_what_was_online(tmp_path, name):
         assert_holds(folder, weights[step][ONLINE[name].title])
 
 
+def test_the_checkpoints_themselves(tmp_path):
+    """They are no average, and may go into one afterwards."""
+    source = run('average')
+    stabilize(source.checkpoints, tmp_path / 'out', Setting('training'), at=[6, 12])
+    for step in (6, 12):
+        assert_holds(tmp_path / f'out/step{step}', source.weights[step]['training'], atol=0)
+    stabilize(tmp_path / 'out', tmp_path / 'mean', Setting('lawa', {'window': 2}))
+    mean = {n: (t + source.weights[12]['training'][n]) / 2 for n, t in source.weights[6]['training'].items()}
+    assert_holds(tmp_path / 'mean', mean)
+
+
 @pytest.mark.parametrize('how', [as_huggingface, as_shards, as_compressed])
 def test_every_format_is_read(tmp_path, how):
     source = run('average')
