@@ -143,15 +143,17 @@ def test_the_training_thread_computes_nothing(stand_in, monkeypatch, make_mlp):
     assert len(set(threads)) == 1 and threads[0] != threading.get_ident()
 
 
-def test_one_update_is_in_flight_at_most(stand_in, monkeypatch, make_mlp):
+def test_one_update_is_in_flight_at_most(stand_in, monkeypatch):
     """The next one waits before it copies: there is one copy of the weights, and the worker is still reading it."""
     monkeypatch.setattr(offload, 'ThreadPoolExecutor', Procrastinator)
-    expected = computed_at_once(monkeypatch, make_state(), make_mlp(), updates=4)
-    model = make_mlp()
-    state = make_state()
-    state.start(model)
-    follow(state, model, 4)
-    assert_same(saved(state), expected)
+    updater, theta, ema = offload.Updater(), torch.zeros(3), torch.zeros(3)
+    for value in (8.0, 16.0, 32.0):
+        theta.fill_(value)
+        updater.apply([offload.Update(LinearStep((Lerp('ema', THETA, 0.5),), {}), [theta], {'ema': [ema]})])
+    # Two are done, and the third is not: (0 + 8) / 2 = 4, (4 + 16) / 2 = 10, (10 + 32) / 2 = 21.
+    assert ema.tolist() == [10.0] * 3
+    updater.wait()
+    assert ema.tolist() == [21.0] * 3
 
 
 def test_the_copy_of_the_weights_is_kept_from_update_to_update(stand_in, make_mlp):
