@@ -8,8 +8,8 @@
 
 A transformer of a billion parameters is trained without an average, with BEMA beside the weights, and with BEMA in host
 memory, in turns on one model. Ten steps are measured at a time, of which one updates; a ratio is that of the medians.
-Without training beside them are measured the copying of the weights to the host, which training waits for, and the whole
-update that begins with it, which training waits for only where it takes longer than ten steps.
+While nothing trains are measured the copying of the weights to the host, which training waits for, and the whole update
+that begins with it, which training waits for only where it takes longer than ten steps.
 """
 
 from __future__ import annotations
