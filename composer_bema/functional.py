@@ -155,7 +155,8 @@ def init_bema(
         average_buffers (bool): Whether floating-point module buffers are averaged too, or copied.
         nonfinite (str): ``'raise'``, ``'skip'`` or ``'ignore'`` updates from weights that hold a NaN or an infinity.
         device (torch.device | str, optional): Where the average is kept; ``'cpu'`` for host memory. Default: beside the
-            parameters.
+            parameters. In host memory, of a model on a GPU, updates are computed by a thread of their own, from one
+            more copy of the weights; what uses the state waits for it.
 
     Returns:
         LoopState: The state to hand to :func:`compute_bema`. It keeps three fp32 buffers a parameter, and one without a

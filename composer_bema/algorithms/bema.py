@@ -72,6 +72,10 @@ class BEMA(WeightAveraging):
         nonfinite (str): What an update does about a NaN or an infinity in the weights: ``'raise'`` an error, ``'skip'``
             the update and log the count, or ``'ignore'`` it. Default: ``'raise'``.
         device (str, optional): Where the average is kept, ``'cpu'`` for host memory. Default: beside the parameters.
+            In host memory, of a model on a GPU, there is one more copy of the weights, in their dtype. An update fills
+            it, for which training waits, and goes on from there in a thread of its own; evaluations, checkpoints and
+            the next update wait for that. The copy and the buffers, but for snapshots, are pinned, and torch rounds
+            the size of a pinned tensor up to a power of two.
 
     Raises:
         ValueError: If a setting is out of its range, ``update_freq`` and ``update_interval`` are both given, or the run

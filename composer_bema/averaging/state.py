@@ -17,7 +17,16 @@ import torch.distributed
 
 from composer_bema.averaging import kernels
 from composer_bema.averaging.digests import digests_of
-from composer_bema.averaging.files import copy_in_file
+from composer_bema.averaging.keeping import (
+    buffer_dtype,
+    is_inexact,
+    kept_copy,
+    kept_snapshot,
+    narrow_dtype,
+    parse_device,
+    parse_folder,
+)
+from composer_bema.averaging.offload import Update, Updater
 from composer_bema.averaging.parameters import (
     canonical_names,
     first_names,
@@ -78,12 +87,14 @@ class AverageState:
             the parameter and the step, ``'skip'`` the update and count it, or ``'ignore'`` it, which saves a read of
             the weights. The average stays as it was in the first two. All ranks decide alike, in one all-reduce of a
             number where torch.distributed is initialised, so every rank has to update. Default: ``'raise'``.
-        device (torch.device | str, optional): Where the buffers live. ``None`` keeps each beside its parameter.
+        device (torch.device | str, optional): Where the buffers live. ``None`` keeps each beside its parameter. With
+            ``'cpu'`` and weights on a GPU an update copies these to pinned memory, once more in their dtype, and a
+            thread of its own goes on from there; whatever uses the buffers waits for it.
         snapshot_folder (Path | str, optional): Where the rule's snapshots live on disk, in files that are gone with the
             process. ``None`` keeps them with the other buffers.
 
     Attributes:
-        num_updates (int): The updates done.
+        num_updates (int): The updates done, with the one that may be under way.
         num_skipped (int): The updates skipped for a non-finite weight.
     """
 
@@ -101,23 +112,29 @@ class AverageState:
         self.rule = rule
         self.average_buffers = average_buffers
         self.nonfinite = nonfinite
-        self.device = None if device is None else _parse_device(device)
-        self.snapshot_folder = None if snapshot_folder is None else _parse_folder(snapshot_folder)
+        self.device = parse_device(device)
+        self.snapshot_folder = parse_folder(snapshot_folder)
         self.num_updates = 0
         self.num_skipped = 0
-        self._groups: list[_Group] = []
+        self._updater = Updater()
+        self._unawaited_groups: list[_Group] = []
         self._shards: dict[str, Shard] = {}
         self._swap: Optional[Swap] = None
 
     @property
     def started(self) -> bool:
         """Whether the buffers have been taken."""
-        return bool(self._groups)
+        return bool(self._unawaited_groups)
 
     @property
     def swapped(self) -> bool:
         """Whether a model holds the average while its training weights rest here."""
         return self._swap is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Waits, for copies and pickles."""
+        self._updater.wait()
+        return self.__dict__.copy()
 
     def change_rule(self, rule: Rule) -> None:
         """Goes on with the same buffers under another rule of the same kind."""
@@ -132,10 +149,12 @@ class AverageState:
         if not averaged[0][1]:
             raise ValueError('The model has no trainable parameters, so there is nothing to average.')
         self._shards = parameter_shards(model)
-        self._groups = [
-            _Group(rule, {name: self._new_buffer(name, rule, tensors) for name in rule.buffers})
-            for rule, tensors in averaged
-        ]
+        self._take_groups(
+            [
+                _Group(rule, {name: self._new_buffer(name, rule, tensors) for name in rule.buffers})
+                for rule, tensors in averaged
+            ]
+        )
         self.num_updates = self.num_skipped = 0
 
     def update(self, model: torch.nn.Module, step: int, elapsed: float = 1.0) -> Optional[Mapping[str, float]]:
@@ -160,15 +179,23 @@ class AverageState:
         if self.nonfinite != 'ignore' and not self._all_finite(theta, step):
             self.num_skipped += 1
             return None
-        steps = [group.rule.linear_step(step, elapsed, self.num_updates) for group in self._groups]
-        for linear_step, group, tensors in zip(steps, self._groups, theta, strict=True):
-            buffers = {name: [kept[n] for n in tensors] for name, kept in group.buffers.items()}
-            kernels.apply_step(linear_step, list(tensors.values()), buffers)
+        updates = [
+            Update(
+                group.rule.linear_step(step, elapsed, self.num_updates),
+                list(tensors.values()),
+                {name: [kept[n] for n in tensors] for name, kept in group.buffers.items()},
+            )
+            for group, tensors in zip(self._groups, theta, strict=True)
+        ]
+        self._updater.apply(updates)
         self.num_updates += 1
-        return steps[0].coefficients
+        return updates[0].step.coefficients
 
     def average(self) -> dict[str, torch.Tensor]:
-        """Returns the averaged tensors by canonical name: the state's own memory, or the model's while swapped."""
+        """Returns the averaged tensors by canonical name: the state's own memory, or the model's while swapped.
+
+        The next update may go on writing to them after it has returned, so ask again after each.
+        """
         return self._kept_average() if self._swap is None else self._swap.average()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -298,6 +325,8 @@ class AverageState:
                 those that were saved, or the rule lays out its buffers in another way. Nothing is changed then.
         """
         self._require_training_weights('load_state_dict')
+        # What was saved may be this state's own memory.
+        self._updater.settle()
         self._require_layout(state)
         counters = state['num_updates'], state['num_skipped']
         tensors = loaded_tensors(state, model)
@@ -305,15 +334,26 @@ class AverageState:
         groups = self._loaded_groups(tensors, model) if tensors else []
         with torch.no_grad():
             self._copy(training_weights, model)
-        self._groups, self._shards = groups, parameter_shards(model)
+        self._take_groups(groups)
+        self._shards = parameter_shards(model)
         self.num_updates, self.num_skipped = counters
+
+    @property
+    def _groups(self) -> list[_Group]:
+        """The buffers, which nothing is writing to any more: every use of them passes here."""
+        self._updater.wait()
+        return self._unawaited_groups
+
+    def _take_groups(self, groups: list[_Group]) -> None:
+        self._updater.forget()
+        self._unawaited_groups = groups
 
     def _averaged_tensors(self, model: torch.nn.Module) -> list[tuple[Rule, dict[str, torch.Tensor]]]:
         """Returns the tensors of ``model`` by the rule that they fall under; the parameters come first."""
         parameters = {n: local_tensor(p) for n, p in named_parameters(model).items() if p.requires_grad}
         kept_out = names_kept_out(model)
         buffers = {n: local_tensor(b) for n, b in named_persistent_buffers(model).items() if n not in kept_out}
-        statistics = {n: b for n, b in buffers.items() if self.average_buffers and _is_inexact(b)}
+        statistics = {n: b for n, b in buffers.items() if self.average_buffers and is_inexact(b)}
         copied = {n: b for n, b in buffers.items() if n not in statistics}
         return [(self.rule, parameters), (self.rule.statistics, statistics), (Latest(), copied)]
 
@@ -321,17 +361,17 @@ class AverageState:
     def _new_buffer(self, name: str, rule: Rule, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns copies of ``tensors`` as a buffer keeps them."""
         if name in rule.snapshots:
-            return {n: self._kept_snapshot(t, t.dtype, t) for n, t in tensors.items()}
+            return {n: kept_snapshot(t, t.dtype, t, self.device, self.snapshot_folder) for n, t in tensors.items()}
         narrow = self._fit_in_16_bits(tensors) if name in rule.constants else {}
-        return {n: self._kept(t, narrow.get(n, _buffer_dtype(t)), t) for n, t in tensors.items()}
+        return {n: kept_copy(t, narrow.get(n, buffer_dtype(t)), t, self.device) for n, t in tensors.items()}
 
     def _fit_in_16_bits(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
         """Returns the dtypes of those tensors that 16 bits hold exactly: on all ranks, or shards would not fit."""
         candidates = {n: t for n, t in tensors.items() if t.is_floating_point()}
-        loses = [int(not kernels.is_exact_in(t, _narrow_dtype(t))) for t in candidates.values()]
+        loses = [int(not kernels.is_exact_in(t, narrow_dtype(t))) for t in candidates.values()]
         if self._shards and candidates:
             loses = sum_over_ranks(loses, next(iter(candidates.values())).device)
-        return {n: _narrow_dtype(t) for (n, t), lossy in zip(candidates.items(), loses, strict=True) if not lossy}
+        return {n: narrow_dtype(t) for (n, t), lossy in zip(candidates.items(), loses, strict=True) if not lossy}
 
     def _tensors(self, omitted: Collection[str] = ()) -> TensorGroups:
         """Returns every tensor of the state as it is saved, by the buffer's name, without the averages ``omitted``."""
@@ -355,18 +395,6 @@ class AverageState:
         if torch.distributed.get_rank() != 0:
             return {}
         return {n: wholes[n] if n in wholes else values[n].to('cpu', copy=True) for n in values}
-
-    def _kept(self, tensor: torch.Tensor, dtype: torch.dtype, live: torch.Tensor) -> torch.Tensor:
-        """Returns a copy where the buffers of ``live`` are kept; host memory is pinned for an accelerator's weights."""
-        copy = tensor.to(device=live.device if self.device is None else self.device, dtype=dtype, copy=True)
-        return copy.pin_memory() if copy.device.type == 'cpu' and live.device.type == 'cuda' else copy
-
-    def _kept_snapshot(self, tensor: torch.Tensor, dtype: torch.dtype, live: torch.Tensor) -> torch.Tensor:
-        """Returns a copy where the snapshots of ``live`` are kept; not pinned, for there may be many."""
-        if self.snapshot_folder is None:
-            return tensor.to(device=live.device if self.device is None else self.device, dtype=dtype, copy=True)
-        self.snapshot_folder.mkdir(parents=True, exist_ok=True)
-        return copy_in_file(tensor, dtype, self.snapshot_folder)
 
     def _tensors_to_average(self, named: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Returns, a group each, the tensors to update from. A parameter that froze keeps its average if it can."""
@@ -442,10 +470,10 @@ class AverageState:
                 raise ValueError(f"The saved average has no tensor '{n}', which the model has.")
             if buffer in rule.snapshots:
                 dtype = torch.promote_types(saved[n].dtype, named[n].dtype)
-                restored[n] = self._kept_snapshot(saved[n], dtype, named[n])
+                restored[n] = kept_snapshot(saved[n], dtype, named[n], self.device, self.snapshot_folder)
             else:
-                dtype = saved[n].dtype if buffer in rule.constants else _buffer_dtype(named[n])
-                restored[n] = self._kept(saved[n], dtype, named[n])
+                dtype = saved[n].dtype if buffer in rule.constants else buffer_dtype(named[n])
+                restored[n] = kept_copy(saved[n], dtype, named[n], self.device)
         return restored
 
     def _require_layout(self, state: Mapping[str, Any]) -> None:
@@ -471,19 +499,6 @@ class AverageState:
             )
 
 
-def _parse_device(device: Union[torch.device, str]) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be None or the name of a device such as 'cpu', but is {device!r}.") from error
-
-
-def _parse_folder(folder: Union[Path, str]) -> Path:
-    if not (isinstance(folder, (Path, str)) and str(folder)):
-        raise TypeError(f'snapshot_folder must be None or the path of a folder, but is {folder!r}.')
-    return Path(folder).expanduser()
-
-
 def _require_no_newcomers(named: Mapping[str, torch.Tensor], averaged: Collection[str]) -> None:
     for n, tensor in named.items():
         if tensor.requires_grad and n not in averaged:
@@ -491,20 +506,6 @@ def _require_no_newcomers(named: Mapping[str, torch.Tensor], averaged: Collectio
                 f"The parameter '{n}' is trainable but has no average: the set of trainable parameters may shrink "
                 'during a run, not grow. Let it require gradients before averaging starts, or freeze it.',
             )
-
-
-def _is_inexact(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _buffer_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """An average kept in 16 bits loses small updates; fp64 weights keep their precision."""
-    return torch.promote_types(tensor.dtype, torch.float32) if _is_inexact(tensor) else tensor.dtype
-
-
-def _narrow_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype of at most 16 bits that may hold the values exactly, for a buffer that no update writes to."""
-    return tensor.dtype if tensor.element_size() <= 2 else torch.bfloat16
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from composer_bema import BEMA, EMA
 from composer_bema import functional as cf
-from composer_bema.averaging import fold
+from composer_bema.averaging import fold, offload
 from tests.algorithms.family import FAMILY, FUNCTIONS, REPLACING
 from tests.algorithms.runs import (
     TRAINABLE,
@@ -30,6 +30,7 @@ from tests.algorithms.runs import (
     same,
     weights_of,
 )
+from tests.averaging.offloading import Procrastinator, stand_in_for_gpu
 
 
 class TrainingWeights(Callback):
@@ -186,6 +187,29 @@ def test_training_is_the_same_with_and_without_an_average(name):
     busy = {'eval_dataloader': evaluators, 'eval_interval': '1ba', 'callbacks': [TrainingWeights()]}
     plain = run(eval_dataloader=[make_evaluator(label) for label in labels], eval_interval='1ba')
     assert same(plain, run(*averages, **busy))
+
+
+@pytest.mark.parametrize('name', ['BEMA', 'LAWA on disk', REPLACING])
+def test_a_run_is_the_same_with_updates_off_its_thread(monkeypatch, name):
+    """A worker that has not begun when somebody looks would show: evaluations, and LAWA's weights to train on from."""
+
+    def run():
+        algorithm = FAMILY[name](update_freq='3ba', device='cpu')
+        record = Record(lambda state: weights_of(state.model), Event.EVAL_BEFORE_FORWARD, Event.BATCH_END)
+        trainer = make_trainer(
+            algorithm, callbacks=[record], eval_dataloader=make_evaluator('eval'), eval_interval='5ba'
+        )
+        trainer.fit()
+        trainer.close()
+        return record.seen, {n: tensor.clone() for n, tensor in algorithm.average.average().items()}
+
+    seen, average = run()
+    stand_in_for_gpu(monkeypatch)
+    monkeypatch.setattr(offload, 'ThreadPoolExecutor', Procrastinator)
+    seen_off_thread, average_off_thread = run()
+    assert len(seen) == 24
+    assert all(same(weights, seen_off_thread[step]) for step, weights in seen.items())
+    assert same(average, average_off_thread)
 
 
 @pytest.mark.parametrize('name', FAMILY)

@@ -35,9 +35,9 @@ def move(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, dtype=torch.float64).to(parameter.dtype), alpha=0.1)
+                parameter.add_(torch.randn(parameter.shape, dtype=torch.float64).to(parameter), alpha=0.1)
         for buffer in model.buffers():
-            buffer.add_(torch.rand(buffer.shape).to(buffer.dtype) if buffer.is_floating_point() else 1)
+            buffer.add_(torch.rand(buffer.shape).to(buffer) if buffer.is_floating_point() else 1)
 
 
 def started(model: torch.nn.Module, **kwargs: Any) -> AverageState:
