@@ -22,7 +22,7 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline bench-offload test test-kills test-trl lint format hooks clean
+.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline bench-offload bench-update-gpu test test-kills test-trl lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -55,6 +55,9 @@ bench-offline: $(INSTALLED)  ## Measure averaging ten checkpoints offline: the t
 
 bench-offload: $(INSTALLED)  ## Measure what an average in host memory costs a model on a GPU: needs one, 40 GB of its memory
 	$(VENV)/bin/python benchmarks/offload.py
+
+bench-update-gpu: $(INSTALLED)  ## Measure updates on a GPU beside copies there, for 124M and 1.1B parameters, in a minute
+	$(VENV)/bin/python benchmarks/update_gpu.py
 
 test: $(INSTALLED)  ## Run the tests; those that need a GPU are skipped where there is none
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

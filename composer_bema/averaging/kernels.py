@@ -1,30 +1,44 @@
 # Copyright 2026 composer_bema authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How a `LinearStep` meets memory: lists of tensors combined in place, chunk by chunk, in one pass.
+"""How a `LinearStep` meets memory: lists of tensors combined in place, in one pass.
 
-A chunk is small enough that the operands of all rows of a step stay in cache, so that an update costs its memory
-traffic, and no temporary is larger than a chunk. Operands of another dtype or device than the target's are converted
-chunk by chunk on the way.
+Floating-point tensors on an accelerator go all at once: through the kernels of :mod:`.fused` or, where Triton does not
+work, through torch's `_foreach` functions in batches. All others go chunk by chunk. A chunk is small enough that the
+operands of all rows of a step stay in cache, so that an update costs its memory traffic, and no temporary is larger
+than a chunk. Operands of another dtype or device than the target's are converted chunk by chunk on the way.
 """
 
 from __future__ import annotations
 
 import cmath
+import functools
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Optional
 
 import torch
 
+from composer_bema.averaging import foreach
 from composer_bema.averaging.rules import THETA, Difference, Lerp, LinearStep, Row
 
-__all__ = ['apply_step', 'distance', 'exchange', 'first_nonfinite', 'is_exact_in']
+__all__ = ['apply_step', 'distance', 'exchange', 'exchange_groups', 'first_nonfinite', 'is_exact_in']
 
 # Elements a chunk. Five fp32 operands of this size fit into the cache of one core cluster; an accelerator wants fewer,
 # larger launches.
 _CPU_CHUNK = 256 * 1024
 _ACCELERATOR_CHUNK = 16 * 1024 * 1024
+# Elements a batch of `_foreach`, whose temporaries are as large as its operands.
+_BATCH = 4 * _ACCELERATOR_CHUNK
+
+# Where all tensors can go at once, and of which dtypes.
+_ACCELERATORS = ('cuda',)
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_Operands = tuple[torch.Tensor, ...]
 
 
 @torch.no_grad()
@@ -37,10 +51,17 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
         buffers (Mapping[str, Sequence[torch.Tensor]]): For each buffer that the rows name, tensors of the shapes of
             ``theta``, in the same order.
     """
-    scratch = _Scratch()
     names = [THETA, *buffers]
-    for tensors in zip(theta, *buffers.values(), strict=True):
-        for chunks in _aligned_chunks(tensors):
+    tuples = list(zip(theta, *buffers.values(), strict=True))
+    at_once, others = _split(tuples)
+    if at_once and (fused := _fused()):
+        fused.apply_rows(step.rows, names, [tuples[i] for i in at_once])
+    else:
+        for batch in _batches([tuples[i] for i in at_once]):
+            foreach.apply_rows(step.rows, dict(zip(names, zip(*batch, strict=True), strict=True)))
+    scratch = _Scratch()
+    for i in others:
+        for chunks in _aligned_chunks(tuples[i]):
             operands = dict(zip(names, chunks, strict=True))
             for row in step.rows:
                 _apply_row(row, operands, scratch)
@@ -49,12 +70,30 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
 @torch.no_grad()
 def exchange(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> None:
     """Exchanges the values of two lists of tensors that agree in shape, dtype and device, bit for bit."""
+    pairs = list(zip(left, right, strict=True))
+    fused, at_once, others = _split_exchange(pairs)
+    if fused:
+        fused.exchange([pairs[i] for i in at_once])
     scratch = _Scratch()
-    for pair in zip(left, right, strict=True):
-        for a, b in _aligned_chunks(pair):
+    for i in others:
+        for a, b in _aligned_chunks(pairs[i]):
             a_values = scratch.take('exchange', a).copy_(a)
             a.copy_(b)
             b.copy_(a_values)
+
+
+def exchange_groups(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Returns the indices of pairs in groups that :func:`exchange` does in one launch each.
+
+    For a caller that notes what is done, in case of an interruption: a pair that takes a loop is a group of its own.
+    """
+    pairs = list(zip(left, right, strict=True))
+    fused, at_once, others = _split_exchange(pairs)
+    launches: dict[tuple, list[int]] = {}
+    if fused:
+        for i in at_once:
+            launches.setdefault(fused.exchange_launch(pairs[i]), []).append(i)
+    return [*launches.values(), *([i] for i in others)]
 
 
 @torch.no_grad()
@@ -77,15 +116,101 @@ def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
     One read of the values: a sum is finite unless a value is not (or the sum overflows, so a suspect is looked at
     closely). It has to come before an update and not ride on it, or the chunks before the bad one would be updated.
     """
-    sums = [tensor.sum(dtype=_sum_dtype(tensor)) for tensor in tensors]
-    suspects = [i for i, value in enumerate(_to_host(sums)) if not cmath.isfinite(value)]
-    return next((i for i in suspects if not _is_finite(tensors[i])), None)
+    at_once, others = _split(list(zip(tensors, strict=True)))
+    bad = []
+    if at_once and (fused := _fused()):
+        first = fused.first_nonfinite([tensors[i] for i in at_once])
+        bad += [] if first is None else [at_once[first]]
+    else:
+        others = range(len(tensors))
+    sums = [tensors[i].sum(dtype=_sum_dtype(tensors[i])) for i in others]
+    suspects = [i for i, value in zip(others, _to_host(sums), strict=True) if not cmath.isfinite(value)]
+    bad += next(([i] for i in suspects if not _is_finite(tensors[i])), [])
+    return min(bad, default=None)
 
 
 @torch.no_grad()
 def is_exact_in(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Returns whether every value of ``tensor`` survives a round trip through ``dtype``."""
     return all(torch.equal(chunk, chunk.to(dtype).to(chunk.dtype)) for (chunk,) in _aligned_chunks((tensor,)))
+
+
+@functools.cache
+def _fused() -> Optional[ModuleType]:
+    """Returns the kernels that take all tensors in one launch, if Triton is there and works."""
+    try:
+        from composer_bema.averaging import fused
+    except ImportError:
+        return None
+    try:
+        fused.probe()
+    except Exception as error:
+        # Triton compiles as it goes: it may find no C compiler, no folder to write to, or a device unknown to it.
+        warnings.warn(f'Averages are updated by slower kernels, for those of Triton do not run: {error}', stacklevel=2)
+        return None
+    return fused
+
+
+def _split(
+    tuples: Sequence[_Operands], dtypes: Optional[Collection[torch.dtype]] = _FLOATING
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Returns the indices of what an accelerator can take all at once, and of what goes chunk by chunk.
+
+    Args:
+        tuples (Sequence[tuple[torch.Tensor, ...]]): The operands of each tensor.
+        dtypes (Collection[torch.dtype], optional): Those that can go at once; None asks that operands agree in theirs.
+    """
+    if not torch.cuda.is_initialized():
+        return [], range(len(tuples))
+    at_once = [i for i, tensors in enumerate(tuples) if _can_go_at_once(tensors, dtypes)]
+    chosen = set(at_once)
+    return at_once, [i for i in range(len(tuples)) if i not in chosen]
+
+
+def _split_exchange(pairs: Sequence[_Operands]) -> tuple[Optional[ModuleType], Sequence[int], Sequence[int]]:
+    """Returns the kernels for an exchange, if there are some, and the indices of what they take and do not."""
+    at_once, others = _split(pairs, dtypes=None)
+    if at_once and not _share_memory(list(itertools.chain(*pairs))) and (fused := _fused()):
+        return fused, at_once, others
+    return None, [], range(len(pairs))
+
+
+def _can_go_at_once(tensors: _Operands, dtypes: Optional[Collection[torch.dtype]]) -> bool:
+    """Returns whether tensors lie on one accelerator, dense and in one order, with dtypes that are taken."""
+    first = tensors[0]
+    device, shape, dtypes = first.device, first.shape, dtypes or (first.dtype,)
+    if device.type not in _ACCELERATORS:
+        return False
+    if any(t.device != device or t.shape != shape or t.dtype not in dtypes for t in tensors):
+        return False
+    return all(t.is_contiguous() for t in tensors) or _flattened(tensors) is not None
+
+
+def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Returns whether two of the tensors may share memory, so that what is done to them has an order."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors if t.numel())
+    return any(start < end for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Returns the bytes from the first to the last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _batches(tuples: Iterable[_Operands]) -> Iterator[list[_Operands]]:
+    """Cuts tensors into lists of chunks that agree in dtypes and device, of no more elements than a batch has."""
+    batches: dict[tuple, list[_Operands]] = {}
+    elements: dict[tuple, int] = {}
+    for tensors in tuples:
+        for chunks in _aligned_chunks(tensors):
+            key = (chunks[0].device, *(chunk.dtype for chunk in chunks))
+            if elements.get(key, 0) + chunks[0].numel() > _BATCH and key in batches:
+                yield batches.pop(key)
+                elements[key] = 0
+            batches.setdefault(key, []).append(chunks)
+            elements[key] = elements.get(key, 0) + chunks[0].numel()
+    yield from batches.values()
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

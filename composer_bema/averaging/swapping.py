@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -32,7 +32,8 @@ class Swap:
     def __init__(self, model: torch.nn.Module, average: Mapping[str, torch.Tensor]) -> None:
         self._model = model
         self._average = average
-        self._exchanged: list[str] = []
+        # The names in their order; the values say nothing.
+        self._exchanged: dict[str, None] = {}
         # All that can fail for want of memory comes before the first weight is touched.
         self._stash = {
             n: tensor.clone() for n, tensor in self._live(average).items() if not _exchangeable(tensor, average[n])
@@ -44,10 +45,10 @@ class Swap:
         live = self._live(self._average)
         for n in self._stash:
             live[n].copy_(self._average[n])
-        for n in live:
-            if n not in self._stash:
-                _exchange(live[n], self._average[n])
-                self._exchanged.append(n)
+        exchanged = [n for n in live if n not in self._stash]
+        for names in _launches(exchanged, live, self._average):
+            _exchange(names, live, self._average)
+            self._exchanged.update(dict.fromkeys(names))
 
     @torch.no_grad()
     def take_out(self) -> None:
@@ -58,10 +59,10 @@ class Swap:
             live[n].copy_(stashed)
             del self._stash[n]
         # In reverse, in case that two names share memory without being tied.
-        while self._exchanged:
-            n = self._exchanged[-1]
-            _exchange(live[n], resting[n])
-            self._exchanged.pop()
+        for names in _launches(list(reversed(self._exchanged)), live, resting):
+            _exchange(names, live, resting)
+            for n in names:
+                del self._exchanged[n]
 
     @property
     def in_model(self) -> frozenset[str]:
@@ -85,11 +86,20 @@ def _exchangeable(live: torch.Tensor, kept: torch.Tensor) -> bool:
     return live.dtype == kept.dtype and live.device == kept.device
 
 
-def _exchange(live: torch.Tensor, kept: torch.Tensor) -> None:
-    if _exchangeable(live, kept):
-        kernels.exchange([live], [kept])
-    else:
-        # The model was cast or moved while it held the average.
-        average = live.to(kept, copy=True)
-        live.copy_(kept)
-        kept.copy_(average)
+def _launches(
+    names: Sequence[str], live: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
+) -> list[list[str]]:
+    """Returns names in groups that are exchanged by one launch each."""
+    groups = kernels.exchange_groups([live[n] for n in names], [kept[n] for n in names])
+    return [[names[i] for i in group] for group in groups]
+
+
+def _exchange(names: Sequence[str], live: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> None:
+    if all(_exchangeable(live[n], kept[n]) for n in names):
+        kernels.exchange([live[n] for n in names], [kept[n] for n in names])
+        return
+    # The model was cast or moved while it held the average.
+    for n in names:
+        average = live[n].to(kept[n], copy=True)
+        live[n].copy_(kept[n])
+        kept[n].copy_(average)
