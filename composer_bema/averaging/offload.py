@@ -10,8 +10,8 @@ Such an update costs the training a copying of the weights to the host, and noth
   pass, but would have to be waited for before that write, and in a hand-written loop nothing says when it comes.
 - There is room for one copy of the weights, in their dtype and in pinned memory, so one update is in flight at most.
 - The worker applies the kernel of the CPU to the copy, so that the numbers are those of an update on the CPU. It has as
-  many of torch's threads as the caller (``OMP_NUM_THREADS``, of which torchrun makes 1). An update that takes longer than
-  the time to the next one makes that wait.
+  many of torch's threads as the caller (``OMP_NUM_THREADS``, of which torchrun makes 1). An update that takes longer
+  than the time to the next one makes that wait.
 """
 
 from __future__ import annotations
