@@ -13,7 +13,8 @@ from typing import Optional, Union
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_bema.evaluation.harness import Backend, Generation, Questions, require_harness
+from composer_bema.evaluation.harness import Generation, Questions
+from composer_bema.evaluation.language_models import Backend, require_harness
 from composer_bema.evaluation.loss import LOSS, measure_loss
 from composer_bema.evaluation.measurements import Measurement
 from composer_bema.evaluation.tasks import QUESTION_TASKS, Protocol
@@ -67,7 +68,7 @@ class Suite:
         if LOSS in self.tasks and self.texts is None:
             raise ValueError("The task 'loss' needs texts.")
         if self.questions:
-            require_harness()
+            require_harness(self.backend)
 
     @property
     def questions(self) -> list[str]:
