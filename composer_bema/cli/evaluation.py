@@ -81,7 +81,11 @@ def text_options(command: Any) -> Any:
             '--text', type=NamedFile(), multiple=True, help='NAME=FILE, a text or JSONL file for `loss`; repeatable.'
         ),
         click.option('--run', type=click.Path(), help="A run's folder or YAML whose texts are taken.  [default: its]"),
-        click.option('--max-seq-len', type=click.IntRange(min=2), default=1024, show_default=True, help='Of --text.'),
+        click.option(
+            '--max-seq-len',
+            type=click.IntRange(min=2),
+            help="Of --text.  [default: 1024, or the model's context if shorter]",
+        ),
         click.option('--batches', type=count, help='Of each text only the first.  [default: all]'),
     ]
     for option in reversed(options):
@@ -126,7 +130,7 @@ def evaluate(
     backend: Any,
     text: tuple[tuple[str, str], ...],
     run: str | None,
-    max_seq_len: int,
+    max_seq_len: int | None,
     batches: int | None,
     batch_size: int,
     tokenizer: str | None,
@@ -211,7 +215,7 @@ def _texts(
     target: str,
     text: Sequence[tuple[str, str]],
     run: str | None,
-    max_seq_len: int,
+    max_seq_len: int | None,
     batch_size: int,
     batches: int | None,
 ) -> Texts:

@@ -22,8 +22,9 @@ from composer_bema.evaluation.tasks import QUESTION_TASKS, Protocol
 __all__ = ['Batches', 'Measure', 'Suite', 'Texts']
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
-# Returns texts in the tokens of a tokenizer, by their names; see `measure_loss`.
-Texts = Callable[[PreTrainedTokenizerBase], Mapping[str, Batches]]
+# Returns texts in the tokens of a tokenizer, cut for a model, by their names; see `measure_loss`. Each can be gone
+# through again and again.
+Texts = Callable[[PreTrainedTokenizerBase, PreTrainedModel], Mapping[str, Batches]]
 Measure = Callable[[PreTrainedModel], tuple[list[Measurement], list[Generation]]]
 
 
@@ -75,9 +76,17 @@ class Suite:
         """The tasks that ask questions."""
         return [task for task in self.tasks if task != LOSS]
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Measure:
-        """Reads the texts and questions, and returns what measures a model and tells what it has generated."""
-        texts = self.texts(tokenizer) if self.texts is not None and LOSS in self.tasks else {}
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Measure:
+        """Reads the texts and questions, and returns what measures a model and tells what it has generated.
+
+        Args:
+            tokenizer (PreTrainedTokenizerBase): The models'.
+            model (PreTrainedModel): One like those that are measured, for its context.
+
+        Raises:
+            ValueError: If texts or questions cannot be read, or do not suit such a model.
+        """
+        texts = self.texts(tokenizer, model) if self.texts is not None and LOSS in self.tasks else {}
         questions = None
         if self.questions:
             questions = Questions(
@@ -89,6 +98,7 @@ class Suite:
                 backend=self.backend,
                 batch_size=self.batch_size,
             )
+            questions.require_room(model)
 
         def measure(model: PreTrainedModel) -> tuple[list[Measurement], list[Generation]]:
             measurements = [

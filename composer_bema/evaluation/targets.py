@@ -46,7 +46,7 @@ class Subject:
 
 
 class OneModel:
-    """A Hugging Face folder, a model on the hub, or a Composer checkpoint.
+    """A Hugging Face folder, a model on the hub, or a Composer checkpoint; its ``model`` and ``tokenizer``.
 
     Args:
         target (str): Its path or name.
@@ -70,20 +70,22 @@ class OneModel:
         step = None
         if _is_composer(target):
             step = open_checkpoint(target).batch
-            self._model, self.tokenizer = _load_exported(target, weights, average, dtype, tokenizer)
+            self.model, self.tokenizer = _load_exported(target, weights, average, dtype, tokenizer)
         else:
             weights = target
-            self._model, self.tokenizer = _load(find_pretrained(target), dtype, tokenizer)
-        self._model.to(device)
+            self.model, self.tokenizer = _load(find_pretrained(target), dtype, tokenizer)
+        self.model.to(device)
         self._subject = Subject(weights, step)
 
     def models(self) -> Iterator[tuple[Subject, PreTrainedModel]]:
         """Yields the model."""
-        yield self._subject, self._model
+        yield self._subject, self.model
 
 
 class Averages:
     """Averages of a directory of checkpoints, in one reading: they are held in memory, and loaded one after another.
+
+    They are put into ``model``, which before holds the last checkpoint's weights, and have its ``tokenizer``.
 
     Args:
         checkpoints (str): The directory.
@@ -117,17 +119,18 @@ class Averages:
             steps = _updates(self._trajectory, setting) if every_update else at
             self._averages += [(name, average) for average in self._trajectory.plan(setting, steps)]
         last = self._trajectory.open([average for _, average in self._averages]).sources[-1]
-        self._model, self.tokenizer = _load_like(last, weights, dtype, tokenizer)
-        self._model.to(device)
+        self.model, self.tokenizer = _load_like(last, weights, dtype, tokenizer)
+        self.model.to(device)
 
     def models(self) -> Iterator[tuple[Subject, PreTrainedModel]]:
         """Yields the model with each of the averages in it; the weights before are gone then."""
         averages = [average for _, average in self._averages]
         computed = averaged_weights(self._trajectory, averages, dtype=self._dtype, show_progress=True)
-        for (name, average), (_, weights) in zip(self._averages, computed, strict=True):
-            load_weights(self._model, weights)
+        for name, average in self._averages:
+            # Nothing else may hold an average that is in the model already.
+            load_weights(self.model, next(computed)[1])
             setting = average.setting
-            yield Subject(name, average.step, {'rule': setting.rule, **setting.given}), self._model
+            yield Subject(name, average.step, {'rule': setting.rule, **setting.given}), self.model
 
 
 Target = Union[OneModel, Averages]

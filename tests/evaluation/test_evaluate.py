@@ -4,6 +4,7 @@
 """Evaluations from the command line to their folder of results, on runs and questions of the project's own."""
 
 import json
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from composer_bema.cli import main
+from composer_bema.evaluation.evaluate import evaluate as run_evaluation
 from composer_bema.evaluation.suite import Suite
 from composer_bema.evaluation.tasks import Protocol
 from composer_bema.training.config import load_config
@@ -168,7 +170,7 @@ def test_without_the_harness_losses_are_measured(model, tmp_path):
 
 def test_a_suite_measures_any_number_of_models():
     suite = Suite(['boolq'], Protocol('log-likelihood'), files={'boolq': FILES['boolq']})
-    measure = suite.prepare(make_tokenizer())
+    measure = suite.prepare(make_tokenizer(), make_model())
     first, again = measure(make_model())[0], measure(make_model())[0]
     assert first == again
     other = type(make_model())(make_model().config)
@@ -177,3 +179,15 @@ def test_a_suite_measures_any_number_of_models():
             parameter.fill_(0.0)
     # All choices are equally likely, and the first one, no, is taken: right where the answer is no.
     assert measure(other)[0][0].value == 0.5
+
+
+def test_a_context_that_is_too_short_is_noticed_before_averages_are_computed(tmp_path):
+    class Unread:
+        tokenizer, model = make_tokenizer(), make_model(context=128)
+
+        def models(self):
+            raise AssertionError('checkpoints are read')
+
+    target: Any = Unread()
+    with pytest.raises(ValueError, match='An answer may have 256 tokens, but the context of the model only 128'):
+        run_evaluation(target, Suite(['boolq'], files={'boolq': FILES['boolq']}), tmp_path / 'out')

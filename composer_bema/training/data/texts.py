@@ -9,16 +9,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_bema.training.config import TrainConfig
-from composer_bema.training.data.sections import build_loader, eval_sections
+from composer_bema.flops import context_length
+from composer_bema.training.config import ConfigError, TrainConfig
+from composer_bema.training.data.packing import check_packing
+from composer_bema.training.data.sections import build_loader, check_loader, eval_sections
 from composer_bema.training.data.text_files import build_text_files
+from composer_bema.training.registry import ON_PAIRS
 
-__all__ = ['Texts', 'texts_of_files', 'texts_of_run']
+__all__ = ['texts_of_files', 'texts_of_run']
 
-# Returns batches, which can be gone through again and again, by the names of the texts.
-Texts = Callable[[PreTrainedTokenizerBase], Mapping[str, Iterable[Mapping[str, Any]]]]
+# Tokens in a block of a file, where nothing says otherwise and the context of the model is not shorter.
+BLOCK = 1024
+
+Batches = Iterable[Mapping[str, Any]]
 
 
 class FirstBatches:
@@ -44,21 +49,25 @@ class FirstBatches:
 
 
 def texts_of_files(
-    files: Mapping[str, Sequence[str]], max_seq_len: int, batch_size: int, batches: int | None = None
-) -> Texts:
+    files: Mapping[str, Sequence[str]], max_seq_len: int | None, batch_size: int, batches: int | None = None
+) -> Callable[[PreTrainedTokenizerBase, PreTrainedModel], dict[str, Batches]]:
     """Text and JSONL files, joined and cut into blocks.
 
     Args:
         files: Paths or glob patterns by the texts' names.
-        max_seq_len: Tokens in a block.
+        max_seq_len: Tokens in a block; None for 1024, or the context of the model if that is shorter.
         batch_size: Blocks in a batch.
         batches: Of each text only the first so many; None for all.
+
+    Returns:
+        What builds, for a tokenizer and a model, batches by the texts' names; they can be gone through again and again.
     """
 
-    def build(tokenizer: PreTrainedTokenizerBase) -> dict[str, Iterable[Mapping[str, Any]]]:
-        texts = {}
+    def build(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Batches]:
+        length = max_seq_len or min(BLOCK, context_length(model.config.to_dict()) or BLOCK)
+        texts: dict[str, Batches] = {}
         for name, paths in files.items():
-            source = build_text_files(tokenizer, max_seq_len, paths, part='all')
+            source = build_text_files(tokenizer, length, paths, part='all')
             loader = DataLoader(source.dataset, batch_size=batch_size, collate_fn=source.collate)
             texts[name] = FirstBatches(loader, batches)
         return texts
@@ -66,27 +75,49 @@ def texts_of_files(
     return build
 
 
-def texts_of_run(config: TrainConfig, batch_size: int, batches: int | None = None) -> Texts:
+def texts_of_run(
+    config: TrainConfig, batch_size: int, batches: int | None = None
+) -> Callable[[PreTrainedTokenizerBase, PreTrainedModel], dict[str, Batches]]:
     """The training text of a run, and those of its evaluators; evaluators of the same text count once.
 
     Args:
         config: The settings of the run.
         batch_size: Rows in a batch.
         batches: Of each text only the first so many; None for all.
-    """
 
-    def build(tokenizer: PreTrainedTokenizerBase) -> dict[str, Iterable[Mapping[str, Any]]]:
-        held_out = {}
-        for label, (path, section) in eval_sections(config.eval_loader).items():
-            held_out.setdefault(json.dumps(section, sort_keys=True), (label, path, section))
-        sections = [('train', 'train_loader', config.train_loader), *held_out.values()]
-        if len(held_out) == 1:
-            sections[1] = ('held_out', *sections[1][1:])
+    Returns:
+        As :func:`texts_of_files`; raises a ConfigError if a loader makes preference pairs, or packs conversations that
+        the model does not keep apart.
+    """
+    sections = _sections(config)
+
+    def build(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Batches]:
+        packed = next((path for path, section in sections.values() if section['dataset'].get('packing')), None)
+        if packed is not None:
+            check_packing(model, f'{packed}.dataset.packing')
         return {
             name: FirstBatches(
                 build_loader(section, path, tokenizer, config.max_seq_len, batch_size).dataloader, batches
             )
-            for name, path, section in sections
+            for name, (path, section) in sections.items()
         }
 
     return build
+
+
+def _sections(config: TrainConfig) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """The dotted keys and contents of the sections with a run's texts, by the names of these."""
+    held_out = {}
+    for label, (path, section) in eval_sections(config.eval_loader).items():
+        held_out.setdefault(json.dumps(section, sort_keys=True), (label, path, section))
+    sections = [('train', 'train_loader', config.train_loader), *held_out.values()]
+    if len(held_out) == 1:
+        sections[1] = ('held_out', *sections[1][1:])
+    for _, path, section in sections:
+        check_loader(section, path, config.max_seq_len)
+        if section['name'] in ON_PAIRS['loader']:
+            raise ConfigError(
+                f"{path}.name: {section['name']} makes preference pairs, which are no texts for 'loss': name files "
+                'with --text NAME=FILE, or with --run a run on texts.'
+            )
+    return {name: (path, section) for name, path, section in sections}
