@@ -141,9 +141,10 @@ class Questions:
         configs = task_configs(task, self._protocol, chat=self._chat, file=file)
         try:
             return self._manager.load([*configs.values()])['tasks']
-        except (OSError, DatasetsError) as error:
+        except (OSError, TypeError, DatasetsError) as error:
             source = file or next(iter(configs.values()))['dataset_path']
-            raise ValueError(f"The questions of {task} could not be read from '{source}': {error}.") from error
+            reason = str(error.__cause__ or error).rstrip('.')
+            raise ValueError(f"The questions of {task} could not be read from '{source}': {reason}.") from error
 
     def _warn_of_cut_questions(self, task: str, samples: Mapping[str, Sequence[Any]], lm: LanguageModel) -> None:
         cut, asked = 0, 0

@@ -258,9 +258,10 @@ def test_prompts_keep_their_beginning_and_lose_their_end(make, begin, end):
         rows, mask = lm.tok_batch_encode([text, 'is'])
     assert rows[0].tolist() == expected
     # Padding is on the left.
-    assert rows[1][mask[1].bool()].tolist() == [*expected[: len(expected) - len(plain)], *tokenizer('is').input_ids][
-        -int(mask[1].sum()) :
-    ]
+    assert (
+        rows[1][mask[1].bool()].tolist()
+        == [*expected[: len(expected) - len(plain)], *tokenizer('is').input_ids][-int(mask[1].sum()) :]
+    )
 
 
 @pytest.mark.parametrize('backend', ['hf', 'vllm'])
@@ -287,8 +288,20 @@ def test_wrong_settings():
         Questions(['boolq'], Protocol(), make_tokenizer(), files=FILES)
 
 
-def test_a_damaged_file(tmp_path):
+QUESTION = '{"question": "is it", "passage": "It is.", "answer": true}'
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('{"question": "is it"', "The questions of boolq could not be read from '.*boolq.jsonl': JSON parse error"),
+        ('3', "The questions of boolq could not be read from '.*boolq.jsonl'"),
+        ('\n\n', "The file '.*boolq.jsonl' is empty, and should have the questions of boolq"),
+        (QUESTION.replace('"It is."', 'null'), "'passage' of the questions of '.*boolq.jsonl' holds None, .* a text"),
+    ],
+)
+def test_a_damaged_file(tmp_path, content, message):
     file = tmp_path / 'boolq.jsonl'
-    file.write_text('{"question": "is it"')
-    with pytest.raises(ValueError, match="The questions of boolq could not be read from '.*boolq.jsonl'"):
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
         Questions(['boolq'], Protocol(), make_tokenizer(), files={'boolq': file})
