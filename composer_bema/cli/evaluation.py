@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from composer_bema.cli.averages import RULE_HELP, average_options, build_setting
-from composer_bema.cli.processes import show_log
+from composer_bema.cli.processes import clearing_up, show_log
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,7 @@ def evaluate(
     from composer_bema.evaluation.tasks import Protocol
 
     show_log(None)
+    click.get_current_context().with_resource(clearing_up())
     names = [name.strip() for name in tasks.split(',') if name.strip()]
     suite = Suite(
         names,

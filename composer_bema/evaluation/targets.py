@@ -181,7 +181,7 @@ def _load_like(source: Source, weights: str, dtype: Optional[str], tokenizer: Op
 def _load_exported(
     checkpoint: str, weights: str, average: Optional[str], dtype: Optional[str], tokenizer: Optional[str]
 ) -> Any:
-    with tempfile.TemporaryDirectory() as parent:
+    with tempfile.TemporaryDirectory(prefix='composer-bema-export-') as parent:
         folder = Path(parent) / 'model'
         export(checkpoint, folder, weights=weights, average=average)
         return _load(folder, dtype, tokenizer)

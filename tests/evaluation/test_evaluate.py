@@ -4,6 +4,8 @@
 """Evaluations from the command line to their folder of results, on runs and questions of the project's own."""
 
 import json
+import signal
+import tempfile
 from typing import Any
 from unittest import mock
 
@@ -191,3 +193,22 @@ def test_a_context_that_is_too_short_is_noticed_before_averages_are_computed(tmp
     target: Any = Unread()
     with pytest.raises(ValueError, match='An answer may have 256 tokens, but the context of the model only 128'):
         run_evaluation(target, Suite(['boolq'], files={'boolq': FILES['boolq']}), tmp_path / 'out')
+
+
+def test_what_is_terminated_leaves_nothing(run, tmp_path, monkeypatch):
+    (tmp_path / 'temporary').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temporary'))
+    written = []
+
+    def terminated(folder, *_):
+        written.extend(folder.iterdir())
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr('composer_bema.evaluation.targets._load', terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    checkpoint = next((run / 'checkpoints').glob('ep*-ba6-rank0.pt'))
+    result = evaluate(checkpoint, '--tasks', 'loss', '--out', tmp_path / 'out')
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert written[0].is_relative_to(tmp_path / 'temporary')
+    assert [path.name for path in tmp_path.rglob('*')] == ['temporary']
+    assert signal.getsignal(signal.SIGTERM) == before
