@@ -13,7 +13,7 @@ import click
 
 from composer_bema.cli.averages import RULE_HELP, average_options, build_setting
 from composer_bema.cli.options import NamedFile, grouped, refuse
-from composer_bema.cli.processes import show_log
+from composer_bema.cli.processes import clearing_up, show_log
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,9 @@ _reading = grouped(
         ),
         click.option('--run', type=click.Path(), help="A run's folder or YAML whose texts are taken.  [default: its]"),
         click.option(
-            '--max-seq-len', type=click.IntRange(min=2), help="Of --text.  [default: 1024, or the model's context]"
+            '--max-seq-len',
+            type=click.IntRange(min=2),
+            help="Of --text.  [default: 1024, or the model's context if shorter]",
         ),
         click.option('--batches', type=_COUNT, help='Of each text only the first.  [default: all]'),
     ],
@@ -178,6 +180,7 @@ def evaluate(
     from composer_bema.evaluation.tasks import Protocol
 
     show_log(None)
+    click.get_current_context().with_resource(clearing_up())
     names = [name.strip() for name in tasks.split(',') if name.strip()]
     _refuse_idle(asking, reading, averaging, options, loss=LOSS in names, questions=bool({*names} - {LOSS}))
     suite = Suite(
@@ -245,7 +248,7 @@ def _texts(target: str, reading: Reading, batch_size: int) -> Texts:
     from pathlib import Path
 
     from composer_bema.training.config import load_config
-    from composer_bema.training.data.texts import texts_of_files, texts_of_run
+    from composer_bema.training.data.texts import RunTexts, TextFiles
     from composer_bema.training.outputs import CONFIG_FILE, run_folder_of
 
     if reading.text:
@@ -254,9 +257,9 @@ def _texts(target: str, reading: Reading, batch_size: int) -> Texts:
         files: dict[str, list[str]] = {}
         for name, file in reading.text:
             files.setdefault(name, []).append(file)
-        return texts_of_files(files, reading.max_seq_len or 1024, batch_size, reading.batches)
+        return TextFiles(files, reading.max_seq_len, batch_size, reading.batches)
     folder = Path(reading.run) if reading.run is not None else run_folder_of(target)
     if folder is None:
         raise click.UsageError("The task 'loss' needs texts: add --text NAME=FILE, or --run with a run's folder.")
     config = load_config(str(folder / CONFIG_FILE if folder.is_dir() else folder))
-    return texts_of_run(config, batch_size, reading.batches)
+    return RunTexts(config, batch_size, reading.batches)

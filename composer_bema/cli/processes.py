@@ -3,12 +3,26 @@
 
 """What a command says, and which of several processes says it."""
 
+import contextlib
 import logging
 import os
+import signal
+import sys
+from collections.abc import Iterator
 
 import click
 
-__all__ = ['is_first_process', 'say', 'show_log']
+__all__ = ['clearing_up', 'is_first_process', 'say', 'show_log']
+
+
+@contextlib.contextmanager
+def clearing_up() -> Iterator[None]:
+    """Let SIGTERM end what is done here as Ctrl-C does, so that nothing temporary is left behind."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say(closing: str) -> None:

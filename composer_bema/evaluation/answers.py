@@ -12,7 +12,8 @@ from typing import Optional
 
 __all__ = ['find_letter', 'find_number', 'find_yes_or_no']
 
-# What introduces an answer, and what wraps it: "the answer is B", "Answer: **(B)**", "so we have $\boxed{\text{B}}$".
+# What introduces an answer, and what wraps it: "the answer is B", "Answer: **(B)**", "so we have $\boxed{\text{B}}$",
+# "<answer>B</answer>".
 _VERB = r'(?:is|would\s+be|must\s+be|should\s+be|has\s+to\s+be)'
 _ADVERB = r'(?:\s+(?:actually|clearly|indeed|simply|therefore|thus|approximately|about))?'
 _IS = (
@@ -21,8 +22,8 @@ _IS = (
 )
 _OF_A_CHOICE = r'\s*(?:(?:option|choice|letter)\s+)?'
 _ANNOUNCED = (
-    r'(?:(?<!wrong\s)(?<!incorrect\s)(?<!other\s)\b(?:answer|(?:correct|right|best)\s+(?:option|choice))s?\b'
-    rf'{_IS}{_OF_A_CHOICE}|\\boxed\{{)'
+    r'(?:(?<!wrong\s)(?<!incorrect\s)(?<!other\s)(?<!</)\b(?:answer|(?:correct|right|best)\s+(?:option|choice))s?\b'
+    rf'{_IS}{_OF_A_CHOICE}|\\boxed\{{|<answer>)'
 )
 _OPENED = r'(?:[\s*_`"\'(\[<\u201c\u2018]|\\[(\[]|\$(?!\s*[\d.-])|\\(?:boxed|text|textbf|mathrm|mathbf)\{)*'
 
@@ -34,11 +35,25 @@ _YES_OR_NO = (
     rf'(?!\s+{_ELSE})(?!["\s]*(?:or|/)[\s"]*(?:yes|no|true|false|answer)\b)'
 )
 
-# Thousands may be grouped as in India: 1,50,000.
-_DIGITS = r'(?:\d{1,3}(?:[,\u202f\u00a0]\d{2,3})*[,\u202f\u00a0]\d{3}|\d+)(?:\.\d+)?|\.\d+'
+_IS_WRONG = r'\s+(?:is|are)\s+(?:wrong|incorrect|false|not)\b'
+
+# 1.200,50 and 1.200.000 can only be as much of Europe writes numbers, while 1.200 is one and a fifth here. Elsewhere
+# thousands may be grouped as in India: 1,50,000.
+_EUROPEAN = r'[1-9]\d{0,2}(?:(?:\.\d{3})+,\d{1,2}|(?:\.\d{3}){2,})(?!\d|[.,]\d)'
+_DIGITS = rf'{_EUROPEAN}|(?:\d{{1,3}}(?:,\d{{2,3}})*,\d{{3}}|\d+)(?:\.\d+)?|\.\d+'
+# A date such as 3/4/2026 has more than one slash.
+_FRACTION = rf'(?<!/)(?:\d+\s(?=\d+/))?(?:{_DIGITS})\s?/\s?[1-9]\d*(?![\d/]|[.,]\d)'
 _CURRENCY = r'(?:(?:US)?\\?[$\u20ac\u00a3\u00a5]\s?|USD\s?)'
 # A sign belongs to a number unless it stands after one, or after a word, as in "7 - 3" and "part-2".
-_NUMBER = rf'(?<![\d.])(?:(?<![\w)])(?<!\d\s)[-\u2212]\s?)?(?:{_CURRENCY}[-\u2212]?\s?)?(?:{_DIGITS})(?!\d)'
+_NUMBER = (
+    rf'(?<![\d.])(?:(?<![\w)])(?<!\d\s)[-\u2212]\s?)?(?:{_CURRENCY}[-\u2212]?\s?)?(?:{_FRACTION}|(?:{_DIGITS})(?!\d))'
+)
+# As TeX has them, and with the spaces between thousands that are no ends of words.
+_WRITTEN_OTHERWISE = (
+    (r'\{,\}', ','),
+    (r'\\[dt]?frac\{(\d+)\}\{(\d+)\}', r' \1/\2'),
+    (r'(?<=\d)[\u202f\u00a0](?=\d{3}(?!\d))', ','),
+)
 
 
 def find_yes_or_no(text: str) -> Optional[bool]:
@@ -63,7 +78,7 @@ def find_letter(text: str, letters: Sequence[str] = 'ABCD') -> Optional[str]:
 
     The last "answer: ..." counts, then a letter that is all of the first line or labels its start ("B.", "(B)") while
     no other line starts so, then the only one that is named in brackets, as "option B" or as "B is correct". The
-    article in "A good answer" is no choice, and neither are several.
+    article in "A good answer" is no choice, and neither are several, nor what "is wrong".
 
     Args:
         text (str): The generated text.
@@ -77,11 +92,11 @@ def find_letter(text: str, letters: Sequence[str] = 'ABCD') -> Optional[str]:
     announced = re.findall(rf'(?i:{_ANNOUNCED}){_OPENED}{letter}', text)
     if announced:
         return announced[-1].upper()
-    labels = re.findall(rf'^{_OPENED}{letter}(?:\s*[)\].:,*$]|[ \t]*$)', text, re.MULTILINE)
+    labels = re.findall(rf'^{_OPENED}{letter}(?:\s*[)\].:,*$](?!{_IS_WRONG})|[ \t]*$)', text, re.MULTILINE)
     if labels and re.match(_OPENED + letter, text):
         return labels[0].upper() if len({label.upper() for label in labels}) == 1 else None
     named = re.findall(
-        rf'\(([{every}])\)|(?i:\b(?:option|choice)\s+){letter}|\b{letter}\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b',
+        rf'\(([{every}])\)(?!{_IS_WRONG})|(?i:\b(?:option|choice)\s+){letter}|\b{letter}\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b',
         text,
     )
     said = {''.join(found).upper() for found in named}
@@ -92,15 +107,20 @@ def find_number(text: str) -> Optional[Decimal]:
     """Returns the number that a text ends with.
 
     What stands after the last "####", "answer is ..." or box counts, whichever comes last; of an equation its right
-    side; else the last number of the text. Thousands separators, currencies, units and trailing zeros do not matter.
+    side; else the last number of the text. Thousands separators, currencies, units and trailing zeros do not matter,
+    and a fraction is its value.
     """
-    text = _squeezed(text).replace('{,}', ',')
+    for pattern, replacement in _WRITTEN_OTHERWISE:
+        text = re.sub(pattern, replacement, text)
+    text = _squeezed(text)
     markers = re.finditer(rf'####|(?i:{_ANNOUNCED})', text)
+    end = len(text)
     for marker in reversed(list(markers)):
-        line = re.split(r'\n|\.\s', text[marker.end() :].lstrip('\n '), maxsplit=1)[0]
+        line = re.split(r'\n|\.\s', text[marker.end() : end].lstrip('\n '), maxsplit=1)[0]
         numbers = re.findall(_NUMBER, line.rpartition('=')[2])
         if numbers:
             return _decimal(numbers[0])
+        end = marker.start()
     numbers = re.findall(_NUMBER, text)
     return _decimal(numbers[-1]) if numbers else None
 
@@ -111,4 +131,14 @@ def _squeezed(text: str) -> str:
 
 
 def _decimal(number: str) -> Decimal:
-    return Decimal(re.sub(r'[^\d.-]', '', number.replace('\u2212', '-')))
+    numerator, _, denominator = number.partition('/')
+    *whole, value = (_plain(digits) for digits in re.findall(r'[\d.,]+', numerator))
+    if denominator:
+        value = sum(whole) + value / Decimal(denominator)
+    return -value if re.search('[-\u2212]', number) else value
+
+
+def _plain(digits: str) -> Decimal:
+    if re.fullmatch(_EUROPEAN, digits):
+        digits = digits.replace('.', '').replace(',', '.')
+    return Decimal(digits.replace(',', ''))

@@ -47,7 +47,7 @@ def evaluate(target: Target, suite: Suite, out: Union[str, Path], *, save_genera
         >>> print(evaluate(target, Suite(['boolq'], Protocol('log-likelihood')), 'results'))
     """
     with new_folder(out) as folder:
-        measure = suite.prepare(target.tokenizer)
+        measure = suite.prepare(target.tokenizer, target.model)
         results = []
         for subject, model in target.models():
             measurements, generations = measure(model)

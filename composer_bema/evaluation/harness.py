@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional, Union, get_args
+from typing import Any, NamedTuple, Optional, Union
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from composer_bema.evaluation.language_models import (
+    Backend,
+    LanguageModel,
+    language_model,
+    max_length_of,
+    require_harness,
+    without_end,
+)
 from composer_bema.evaluation.measurements import Measurement, mean_over
 from composer_bema.evaluation.tasks import SYSTEM_PROMPT, Protocol, task_configs
 
-__all__ = ['Backend', 'Generation', 'Questions', 'require_harness']
+__all__ = ['Generation', 'Questions']
 
 log = logging.getLogger(__name__)
-
-Backend = Literal['hf', 'vllm']
 
 # What the harness calls a metric in its samples, and what it is called here.
 _METRICS = {'acc': 'accuracy', 'no_answer': 'no answer'}
@@ -67,20 +72,34 @@ class Questions:
         backend: Backend = 'hf',
         batch_size: int = 16,
     ) -> None:
-        require_harness()
-        if backend not in get_args(Backend):
-            raise ValueError(f'backend must be one of {", ".join(get_args(Backend))}, not {backend!r}.')
+        require_harness(backend)
+        if tokenizer.eos_token_id is None:
+            raise ValueError('The tokenizer has no end-of-text token, which questions need: name one with --tokenizer.')
         has_template = tokenizer.chat_template is not None
         if chat and not has_template:
             raise ValueError('The tokenizer has no chat template: leave out --chat-template.')
         self._chat = has_template if chat is None else chat
         self._system = SYSTEM_PROMPT if self._chat and _takes_system_prompt(tokenizer) else None
         self._protocol = protocol
-        self._tokenizer = tokenizer
-        self._backend = backend
+        self._tokenizer = without_end(tokenizer)
+        self._backend: Backend = backend
         self._batch_size = batch_size
         self._manager = _task_manager()
         self._sets = {task: self._read(task, (files or {}).get(task)) for task in tasks}
+
+    def require_room(self, model: PreTrainedModel) -> None:
+        """Checks that the context of a model has room for the longest answer and a question.
+
+        Raises:
+            ValueError: If it has not.
+        """
+        longest = max(_max_new_tokens(task) for sets in self._sets.values() for task in sets.values())
+        context = max_length_of(model, self._tokenizer)
+        if longest >= context:
+            raise ValueError(
+                f'An answer may have {longest} tokens, but the context of the model only {context}: take '
+                'log-likelihood, or loss.'
+            )
 
     def ask(self, model: PreTrainedModel) -> tuple[list[Measurement], list[Generation]]:
         """Returns the accuracies of a model, and what it has generated.
@@ -95,9 +114,9 @@ class Questions:
 
         # Its decorator hides its arguments from type checkers.
         simple_evaluate: Any = evaluator.simple_evaluate
+        self.require_room(model)
         measurements, generations = [], []
-        with self._language_model(model) as lm:
-            self._require_room(lm)
+        with language_model(model, self._tokenizer, self._backend, self._batch_size, self._protocol.seed) as lm:
             for task, sets in self._sets.items():
                 with _quiet():
                     results = simple_evaluate(
@@ -111,7 +130,7 @@ class Questions:
                         bootstrap_iters=0,
                     )
                 samples = results['samples']
-                self._warn_of_cut_questions(task, samples, lm.max_length)
+                self._warn_of_cut_questions(task, samples, lm)
                 measurements += _accuracies(task, samples)
                 generations += [_generation(name, sample) for name, rows in samples.items() for sample in rows]
         return measurements, generations
@@ -122,17 +141,16 @@ class Questions:
         configs = task_configs(task, self._protocol, chat=self._chat, file=file)
         try:
             return self._manager.load([*configs.values()])['tasks']
-        except (OSError, DatasetsError) as error:
+        except (OSError, TypeError, DatasetsError) as error:
             source = file or next(iter(configs.values()))['dataset_path']
-            raise ValueError(f"The questions of {task} could not be read from '{source}': {error}.") from error
+            reason = str(error.__cause__ or error).rstrip('.')
+            raise ValueError(f"The questions of {task} could not be read from '{source}': {reason}.") from error
 
-    def _warn_of_cut_questions(self, task: str, samples: Mapping[str, Sequence[Any]], max_length: int) -> None:
+    def _warn_of_cut_questions(self, task: str, samples: Mapping[str, Sequence[Any]], lm: LanguageModel) -> None:
         cut, asked = 0, 0
         for name, rows in samples.items():
-            room = max_length - _max_new_tokens(self._sets[task][name])
-            prompts = [row['arguments'][0][0] for row in rows]
-            encoded: Any = self._tokenizer(prompts)
-            cut += sum(len(ids) > room for ids in encoded['input_ids'])
+            room = lm.max_length - _max_new_tokens(self._sets[task][name])
+            cut += sum(len(lm.tok_encode(row['arguments'][0][0])) > room for row in rows)
             asked += len(rows)
         if cut:
             log.warning(
@@ -140,36 +158,7 @@ class Questions:
                 cut,
                 asked,
                 task,
-                max_length,
-            )
-
-    @contextlib.contextmanager
-    def _language_model(self, model: PreTrainedModel) -> Iterator[Any]:
-        """Holds a model as the harness wants it."""
-        from lm_eval.api.registry import get_model
-
-        model_class: Any = get_model(self._backend)
-        if self._backend == 'hf':
-            model.eval()
-            # Else every prompt would end with the end of text that some tokenizers add, ByT5's among them.
-            encoded: Any = self._tokenizer('a')
-            ends = encoded['input_ids'][-1:] == [self._tokenizer.eos_token_id]
-            specials = {'add_bos_token': False} if ends else {}
-            with _without_settings_of_its_own(model):
-                yield model_class(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size, **specials)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            self._tokenizer.save_pretrained(folder)
-            dtype = str(model.dtype).removeprefix('torch.')
-            yield model_class(pretrained=folder, dtype=dtype, batch_size='auto')
-
-    def _require_room(self, lm: Any) -> None:
-        longest = max(_max_new_tokens(task) for sets in self._sets.values() for task in sets.values())
-        if longest >= lm.max_length:
-            raise ValueError(
-                f'An answer may have {longest} tokens, but the context of the model only {lm.max_length}: take '
-                'log-likelihood, or loss.'
+                lm.max_length,
             )
 
 
@@ -185,37 +174,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def require_harness() -> None:
-    """Checks that the lm-evaluation-harness is installed.
-
-    Raises:
-        ImportError: If it is not.
-    """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "Questions are asked through the lm-evaluation-harness: pip install 'composer_bema[eval]'."
-        ) from error
-
-
 def _task_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     # It would look through the thousands of files that the harness's own tasks have.
     return TaskManager(include_defaults=False)
-
-
-@contextlib.contextmanager
-def _without_settings_of_its_own(model: PreTrainedModel) -> Iterator[None]:
-    """Takes away how a model would generate by itself (min_p, max_new_tokens, ...), for the protocol says that."""
-    own = model.generation_config
-    tokens = {name: getattr(own, name, None) for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-    model.generation_config = GenerationConfig(**tokens)
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _takes_system_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, Optional, Union
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_bema.evaluation.harness import Backend, Generation, Questions, require_harness
+from composer_bema.evaluation.harness import Generation, Questions
+from composer_bema.evaluation.language_models import Backend, require_harness
 from composer_bema.evaluation.loss import LOSS, measure_loss
 from composer_bema.evaluation.measurements import Measurement
 from composer_bema.evaluation.tasks import QUESTION_TASKS, Protocol
@@ -22,9 +24,23 @@ from composer_bema.evaluation.tasks import QUESTION_TASKS, Protocol
 __all__ = ['Batches', 'Measure', 'Suite', 'Texts']
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
-# Returns texts in the tokens of a tokenizer, by their names; see `measure_loss`.
-Texts = Callable[[PreTrainedTokenizerBase], Mapping[str, Batches]]
 Measure = Callable[[PreTrainedModel], tuple[list[Measurement], list[Generation]]]
+
+
+class Texts(typing.Protocol):
+    """Texts of which the loss is measured."""
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """What they are, as plain values."""
+        ...
+
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Mapping[str, Batches]:
+        """Returns them in the tokens of a tokenizer, cut for a model, by their names; see `measure_loss`.
+
+        Each can be gone through again and again.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class Suite:
     Args:
         tasks (Sequence[str]): ``'loss'``, and keys of `QUESTION_TASKS`.
         protocol (Protocol): How questions are asked.
-        texts (Callable, optional): Returns the texts of which ``'loss'`` is measured.
+        texts (Texts, optional): Those of which ``'loss'`` is measured.
         files (Mapping[str, str | Path]): JSONL files with the questions of tasks. Default: the hub's.
         chat (bool, optional): Whether prompts go through a chat template. Default: if the tokenizer has one.
         backend (str): ``'hf'`` or ``'vllm'``.
@@ -68,7 +84,7 @@ class Suite:
         if LOSS in self.tasks and self.texts is None:
             raise ValueError("The task 'loss' needs texts.")
         if self.questions:
-            require_harness()
+            require_harness(self.backend)
 
     @property
     def questions(self) -> list[str]:
@@ -78,15 +94,25 @@ class Suite:
     def described(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Returns how the tasks are done for models of a tokenizer, as plain values."""
         described: dict[str, Any] = {}
+        if self.texts is not None and LOSS in self.tasks:
+            described['texts'] = dict(self.texts.given)
         if self.questions:
             described |= dataclasses.asdict(self.protocol) | {'samples': self.protocol.answers}
             described['files'] = {task: str(file) for task, file in self.files.items()}
             described |= {'chat': self._asks_in_chat(tokenizer), 'backend': self.backend}
         return described
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Measure:
-        """Reads the texts and questions, and returns what measures a model and tells what it has generated."""
-        texts = self.texts(tokenizer) if self.texts is not None and LOSS in self.tasks else {}
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Measure:
+        """Reads the texts and questions, and returns what measures a model and tells what it has generated.
+
+        Args:
+            tokenizer (PreTrainedTokenizerBase): The models'.
+            model (PreTrainedModel): One like those that are measured, for its context.
+
+        Raises:
+            ValueError: If texts or questions cannot be read, or do not suit such a model.
+        """
+        texts = self.texts(tokenizer, model) if self.texts is not None and LOSS in self.tasks else {}
         questions = None
         if self.questions:
             questions = Questions(
@@ -98,6 +124,7 @@ class Suite:
                 backend=self.backend,
                 batch_size=self.batch_size,
             )
+            questions.require_room(model)
 
         def measure(model: PreTrainedModel) -> tuple[list[Measurement], list[Generation]]:
             measurements = [

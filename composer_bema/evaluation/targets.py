@@ -46,7 +46,7 @@ class Subject:
 
 
 class OneModel:
-    """A Hugging Face folder, a model on the hub, or a Composer checkpoint.
+    """A Hugging Face folder, a model on the hub, or a Composer checkpoint; its ``model`` and ``tokenizer``.
 
     Args:
         target (str): Its path or name.
@@ -92,6 +92,8 @@ class OneModel:
 
 class Averages:
     """Averages of a directory of checkpoints, in one reading: they are held in memory, and loaded one after another.
+
+    They are put into ``model``, which before holds the last checkpoint's weights, and have its ``tokenizer``.
 
     Args:
         checkpoints (str): The directory.
@@ -139,8 +141,9 @@ class Averages:
         """Yields the model with each of the averages in it; the weights before are gone then."""
         averages = [average for _, average in self._averages]
         computed = averaged_weights(self._trajectory, averages, dtype=self._dtype, show_progress=True)
-        for (name, average), (_, weights) in zip(self._averages, computed, strict=True):
-            load_weights(self.model, weights)
+        for name, average in self._averages:
+            # Nothing else may hold an average that is in the model already.
+            load_weights(self.model, next(computed)[1])
             setting = average.setting
             yield Subject(name, average.step, {'rule': setting.rule, **setting.given}), self.model
 
@@ -193,7 +196,7 @@ def _load_like(source: Source, weights: str, dtype: Optional[str], tokenizer: Op
 def _load_exported(
     checkpoint: str, weights: str, average: Optional[str], dtype: Optional[str], tokenizer: Optional[str]
 ) -> Any:
-    with tempfile.TemporaryDirectory() as parent:
+    with tempfile.TemporaryDirectory(prefix='composer-bema-export-') as parent:
         folder = Path(parent) / 'model'
         export(checkpoint, folder, weights=weights, average=average)
         return _load(folder, dtype, tokenizer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args
@@ -44,6 +44,8 @@ HIGH_SCHOOL_SUBJECTS = (
 )
 
 Row = Mapping[str, Any]
+
+_DESCRIBED = {bool: 'true or false', int: 'the number of a choice from 0 on', str: 'a text', list: 'a list of choices'}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class QuestionSet:
         path (str): Its name on the hub.
         name (str): Its configuration there.
         split (str): The split that is asked.
-        columns (tuple[str, ...]): Those that are read.
+        columns (Mapping[str, type]): Those that are read, and what they hold.
         questions (int): The number of questions that the paper asks.
         max_new_tokens (int): The length of an answer.
         ask (Callable): Returns the prompt of a row; its second argument says whether to ask for steps.
@@ -104,14 +106,13 @@ class QuestionSet:
         is_right (Callable): Returns whether a text answers a row rightly; None where it gives no answer.
         choices (tuple[str, ...]): What log-likelihoods compare; none where answers are free.
         choice (Callable): Returns the index of the right one.
-        answer_type (type): What the column ``answer`` holds.
         subject (str, optional): The value of the column ``subject`` of the rows that are asked. Default: all.
     """
 
     path: str
     name: str
     split: str
-    columns: tuple[str, ...]
+    columns: Mapping[str, type]
     questions: int
     max_new_tokens: int
     ask: Callable[[Row, bool], str]
@@ -119,7 +120,6 @@ class QuestionSet:
     is_right: Callable[[str, Row], Optional[bool]]
     choices: tuple[str, ...] = ()
     choice: Optional[Callable[[Row], int]] = None
-    answer_type: type = str
     subject: Optional[str] = None
 
 
@@ -172,7 +172,7 @@ _BOOLQ = QuestionSet(
     path='google/boolq',
     name='default',
     split='validation',
-    columns=('question', 'passage', 'answer'),
+    columns={'question': str, 'passage': str, 'answer': bool},
     questions=64,
     max_new_tokens=256,
     ask=_ask_boolq,
@@ -180,13 +180,12 @@ _BOOLQ = QuestionSet(
     is_right=_boolq_is_right,
     choices=('Answer: no', 'Answer: yes'),
     choice=lambda row: int(row['answer']),
-    answer_type=bool,
 )
 _GSM8K = QuestionSet(
     path='openai/gsm8k',
     name='main',
     split='test',
-    columns=('question', 'answer'),
+    columns={'question': str, 'answer': str},
     questions=128,
     max_new_tokens=512,
     ask=_ask_gsm8k,
@@ -200,7 +199,7 @@ def _high_school(subject: str) -> QuestionSet:
         path='cais/mmlu',
         name='all',
         split='test',
-        columns=('question', 'choices', 'answer', 'subject'),
+        columns={'question': str, 'choices': list, 'answer': int, 'subject': str},
         questions=64,
         max_new_tokens=256,
         ask=_ask_mmlu,
@@ -208,7 +207,6 @@ def _high_school(subject: str) -> QuestionSet:
         is_right=_mmlu_is_right,
         choices=tuple(f'Answer: {letter}' for letter in LETTERS),
         choice=lambda row: row['answer'],
-        answer_type=int,
         subject=f'high_school_{subject}',
     )
 
@@ -234,12 +232,14 @@ def task_configs(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If there is no such task, or it has no choices to compare.
+        ValueError: If there is no such task, or it has no choices to compare, or the file is empty.
     """
     if task not in QUESTION_TASKS:
         raise ValueError(f"There is no task '{task}', but loss, {', '.join(QUESTION_TASKS)}.")
     if file is not None and not Path(file).is_file():
         raise FileNotFoundError(f"There is no file '{file}' with the questions of {task}.")
+    if file is not None and not Path(file).read_bytes().strip():
+        raise ValueError(f"The file '{file}' is empty, and should have the questions of {task}, a JSON object a line.")
     return {name: _config(name, questions, protocol, chat, file) for name, questions in QUESTION_TASKS[task].items()}
 
 
@@ -252,6 +252,8 @@ def _config(
         )
     data = {'dataset_path': questions.path, 'dataset_name': questions.name}
     if file is not None:
+        # What is said of the questions is said of the file, then.
+        questions = replace(questions, path=str(file))
         data = {'dataset_path': 'json', 'dataset_kwargs': {'data_files': {questions.split: str(file)}}}
     steps = protocol.chain_of_thought
     return {
@@ -320,22 +322,30 @@ def _examples(rows: Any, questions: QuestionSet, protocol: Protocol) -> Any:
 
 def _parts(rows: Any, questions: QuestionSet, protocol: Protocol) -> tuple[Any, Any]:
     """Returns the questions that are asked, in their order, and the examples that precede each of them."""
-    missing = next((column for column in questions.columns if column not in rows.column_names), None)
-    if missing is not None:
-        raise ValueError(f"The questions of '{questions.path}' have no column '{missing}', but {rows.column_names}.")
-    wrong = next((answer for answer in rows['answer'] if type(answer) is not questions.answer_type), None)
-    if wrong is not None:
-        expected = {bool: 'true or false', int: 'the number of a choice from 0 on', str: 'a text'}[
-            questions.answer_type
-        ]
-        raise ValueError(f"An answer to the questions of '{questions.path}' is {wrong!r}, and should be {expected}.")
+    _check_columns(rows, questions)
     if questions.subject is not None:
         rows = rows.select([i for i, subject in enumerate(rows['subject']) if subject == questions.subject])
     available = len(rows) - protocol.few_shot
     if available < 1:
-        what = questions.subject or questions.path
-        raise ValueError(f'{what} has {len(rows)} questions, too few for {protocol.few_shot} examples and one to ask.')
+        about = f" on '{questions.subject}'" if questions.subject else ''
+        raise ValueError(
+            f"'{questions.path}' has {len(rows)} questions{about}, too few for {protocol.few_shot} examples and one to "
+            'ask.'
+        )
     count = min(protocol.questions or questions.questions, available)
     # As the paper's code chooses, so that without examples the questions are the same.
     order = np.random.RandomState(protocol.seed).choice(len(rows), count + protocol.few_shot, replace=False)
     return rows.select(sorted(order[:count].tolist())), rows.select(order[count:].tolist())
+
+
+def _check_columns(rows: Any, questions: QuestionSet) -> None:
+    missing = next((column for column in questions.columns if column not in rows.column_names), None)
+    if missing is not None:
+        raise ValueError(f"The questions of '{questions.path}' have no column '{missing}', but {rows.column_names}.")
+    for column, expected in questions.columns.items():
+        for value in rows[column]:
+            if type(value) is not expected:
+                raise ValueError(
+                    f"The column '{column}' of the questions of '{questions.path}' holds {value!r}, and should hold "
+                    f'{_DESCRIBED[expected]}.'
+                )

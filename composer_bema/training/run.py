@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from composer.models import HuggingFaceModel
 from composer.trainer import Trainer
 from composer.utils import dist, format_name_with_dist, get_device, reproducibility
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from composer_bema.formats.completeness import newest_complete_checkpoint, saved_checkpoints
 from composer_bema.training.checks import build_named, check_config, device_batch_size
 from composer_bema.training.config import ConfigError, TrainConfig
-from composer_bema.training.data.packing import keeps_documents_apart
+from composer_bema.training.data.packing import check_packing
 from composer_bema.training.data.sections import build_evaluators, build_loader, eval_sections
 from composer_bema.training.outputs import (
     METRICS_FILE,
@@ -173,15 +172,10 @@ def train(config: TrainConfig) -> str:
 
 
 def _check_packing(config: TrainConfig, model: HuggingFaceModel) -> None:
-    sections = [config.train_loader, *(section for _, section in eval_sections(config.eval_loader).values())]
-    # flash_attention_2 always separates, and does not run on the CPU, where the model still is.
-    is_flash = config.model.get('attn_implementation') == 'flash_attention_2'
-    packs = any(section['dataset'].get('packing') for section in sections)
-    if packs and not is_flash and not keeps_documents_apart(model.model):
-        raise ConfigError(
-            f'train_loader.dataset.packing: {type(model.model).__name__} lets packed conversations see each other '
-            f'with transformers {transformers.__version__}; use packing: false.',
-        )
+    sections = [('train_loader', config.train_loader), *eval_sections(config.eval_loader).values()]
+    packed = next((path for path, section in sections if section['dataset'].get('packing')), None)
+    if packed is not None:
+        check_packing(model.model, f'{packed}.dataset.packing')
 
 
 def _build_section(config: TrainConfig, kind: str, **supplied: Any) -> Any:

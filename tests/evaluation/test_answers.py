@@ -36,6 +36,8 @@ from composer_bema.evaluation.answers import find_letter, find_number, find_yes_
         ('The answer to the question is clearly no.', False),
         ('**Answer:** yes', True),
         ('### Answer\nyes', True),
+        ('<think>No?</think>\n<answer>yes</answer>', True),
+        ('<answer>\nNo\n</answer>\nYes, that was hard.', False),
     ],
 )
 def test_yes_or_no(text, answer):
@@ -83,6 +85,13 @@ def test_yes_or_no(text, answer):
         ('Answer: A, B, C or D', None),
         ('A. Wrong.\nB. Right.\nSo B', None),
         ('The answer is $C = 4$', None),
+        ('<answer>B</answer>', 'B'),
+        ('Not (A) nor (D).\n<answer> (b) </answer>\nA good choice.', 'B'),
+        ('A) is wrong; B) is right', 'B'),
+        ('(A) is wrong, (B) is right, (C) is not to the point', 'B'),
+        ('A. is incorrect.\nC. is what I choose.', 'C'),
+        ('A) is wrong.', None),
+        ('A) is right; B) is wrong', 'A'),
     ],
 )
 def test_letter(text, letter):
@@ -126,6 +135,23 @@ def test_letters_of_other_choices():
         ('#### 1\nWait.\n#### 2', '2'),
         ('Buses: 3, 5, 9.', '9'),
         ('It costs 1,50,000 or so', '150000'),
+        ('#### 1/2', '0.5'),
+        ('The answer is 3/4 of a cake.', '0.75'),
+        ('Answer: \\boxed{\\frac{3}{4}}', '0.75'),
+        ('Answer: $-\\dfrac{1}{4}$', '-0.25'),
+        ('#### 2 1/2', '2.5'),
+        ('#### -$1,200 / 8', '-150'),
+        ('So 18 / 2 = 9', '9'),
+        ('The answer is 18/4 = 4.5', '4.5'),
+        ('It was on 3/4/2026', '2026'),
+        ('#### 5/0', '5'),
+        ('#### 1.200,50 \u20ac', '1200.50'),
+        ('Answer: 1.200.000', '1200000'),
+        ('#### 1.200', '1.2'),
+        ('#### 1.234.567,8', '1234567.8'),
+        ('#### 1\u00a0200', '1200'),
+        ('#### 1,234.500', '1234.5'),
+        ('<answer>42</answer> in 3 steps', '42'),
         ('I cannot do sums.', None),
         ('', None),
         ('####', None),
@@ -141,7 +167,9 @@ def test_what_counts_as_equal_numbers():
 
 
 @pytest.mark.parametrize('find', [find_letter, find_number, find_yes_or_no])
-@pytest.mark.parametrize('run', [' ', '\n', ' \n', '*', '(', '-', '1,000', 'answer '])
+@pytest.mark.parametrize(
+    'run', [' ', '\n', ' \n', '*', '(', '-', '1,000', ',000', '1.000', '1/', 'answer ', 'answer: ', '<answer>']
+)
 def test_endless_repetition_takes_no_time(find, run):
     for start in ('answer', 'The answer is', '#### '):
         find(start + run * 3000 + 'zz')

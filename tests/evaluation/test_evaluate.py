@@ -4,6 +4,9 @@
 """Evaluations from the command line to their folder of results, on runs and questions of the project's own."""
 
 import json
+import signal
+import tempfile
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from composer_bema.cli import main
+from composer_bema.evaluation.evaluate import evaluate as run_evaluation
 from composer_bema.evaluation.suite import Suite
 from composer_bema.evaluation.tasks import Protocol
 from composer_bema.training.config import load_config
@@ -109,6 +113,14 @@ def test_files_of_text(model, tmp_path):
     found = {(line['task'], line['metric']): line for line in lines(tmp_path / 'out/results.jsonl')}
     assert found['loss-a', 'loss']['value'] == found['loss-b', 'loss']['value']
     assert found['loss-a', 'loss']['count'] == 3
+    protocol = json.loads((tmp_path / 'out/protocol.json').read_text())
+    assert protocol['texts'] == {
+        'files': {'a': [str(text)], 'b': [str(text)]},
+        'max_seq_len': 32,
+        'batch_size': 3,
+        'batches': 1,
+    }
+    assert 'samples' not in protocol
 
 
 @pytest.mark.parametrize(
@@ -185,7 +197,7 @@ def test_without_the_harness_losses_are_measured(model, tmp_path):
 
 def test_a_suite_measures_any_number_of_models():
     suite = Suite(['boolq'], Protocol('log-likelihood'), files={'boolq': FILES['boolq']})
-    measure = suite.prepare(make_tokenizer())
+    measure = suite.prepare(make_tokenizer(), make_model())
     first, again = measure(make_model())[0], measure(make_model())[0]
     assert first == again
     other = type(make_model())(make_model().config)
@@ -194,3 +206,34 @@ def test_a_suite_measures_any_number_of_models():
             parameter.fill_(0.0)
     # All choices are equally likely, and the first one, no, is taken: right where the answer is no.
     assert measure(other)[0][0].value == 0.5
+
+
+def test_a_context_that_is_too_short_is_noticed_before_averages_are_computed(tmp_path):
+    class Unread:
+        tokenizer, model = make_tokenizer(), make_model(context=128)
+
+        def models(self):
+            raise AssertionError('checkpoints are read')
+
+    target: Any = Unread()
+    with pytest.raises(ValueError, match='An answer may have 256 tokens, but the context of the model only 128'):
+        run_evaluation(target, Suite(['boolq'], files={'boolq': FILES['boolq']}), tmp_path / 'out')
+
+
+def test_what_is_terminated_leaves_nothing(run, tmp_path, monkeypatch):
+    (tmp_path / 'temporary').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temporary'))
+    written = []
+
+    def terminated(folder, *_):
+        written.extend(folder.iterdir())
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr('composer_bema.evaluation.targets._load', terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    checkpoint = next((run / 'checkpoints').glob('ep*-ba6-rank0.pt'))
+    result = evaluate(checkpoint, '--tasks', 'loss', '--out', tmp_path / 'out')
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert written[0].is_relative_to(tmp_path / 'temporary')
+    assert [path.name for path in tmp_path.rglob('*')] == ['temporary']
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -7,15 +7,21 @@ import functools
 import json
 import logging
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from composer_bema.evaluation.harness import Questions
+from composer_bema.evaluation.language_models import language_model, without_end
+from composer_bema.evaluation.suite import Suite
 from composer_bema.evaluation.tasks import SYSTEM_PROMPT, Protocol
 from tests.evaluation.models import FILES, make_model, make_tokenizer
+from tests.evaluation.vllm_stand_in import vllm_stand_in
 
 
 @functools.cache
@@ -136,24 +142,141 @@ def test_an_answer_longer_than_the_context():
         ask('boolq', mode='greedy', model=make_model(context=128))
 
 
-def test_vllm_gets_each_model_as_a_folder():
+def ask_through_vllm(model, tokenizer=None, **protocol):
+    """What is measured through vLLM, with the weights that it has read and the engine's other settings."""
     seen = []
 
-    def vllm(pretrained, dtype, batch_size):
-        from lm_eval.models.huggingface import HFLM
+    with vllm_stand_in() as engine:
 
-        model = AutoModelForCausalLM.from_pretrained(pretrained)
-        seen.append((Path(pretrained), dtype, batch_size, model.state_dict()))
-        return HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=4)
+        class Watched(engine):
+            def __init__(self, model, **settings):
+                super().__init__(model, **settings)
+                seen.append((Path(model), settings, self.model.state_dict()))
 
-    questions = Questions(['boolq'], Protocol('log-likelihood'), make_tokenizer(), files=FILES, backend='vllm')
-    with mock.patch('lm_eval.api.registry.get_model', {'vllm': vllm}.get):
-        measurements, _ = questions.ask(make_model())
-    [(folder, dtype, batch_size, weights)] = seen
-    assert (dtype, batch_size) == ('float32', 'auto')
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in make_model().state_dict().items())
+        questions = Questions(
+            ['boolq'], Protocol(**protocol), tokenizer or make_tokenizer(), files=FILES, backend='vllm'
+        )
+        with mock.patch('lm_eval.models.vllm_causallms.LLM', Watched):
+            measured = questions.ask(model)
+    [(folder, settings, weights)] = seen
     assert not folder.exists()
-    assert measurements == ask('boolq', mode='log-likelihood')[0]
+    return measured, settings, weights
+
+
+@pytest.mark.parametrize('mode', ['log-likelihood', 'greedy'])
+def test_vllm_measures_what_transformers_do(mode):
+    model = make_model()
+    with mock.patch.object(model, 'to', wraps=model.to) as to:
+        found, settings, weights = ask_through_vllm(model, mode=mode, questions=2)
+    assert [call.args for call in to.call_args_list] == [('cpu',), (torch.device('cpu'),)]
+    assert (settings['dtype'], settings['max_model_len'], settings['seed']) == ('float32', 2048, 37371)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    expected = ask('boolq', mode=mode, questions=2)
+    assert found[0] == expected[0]
+    assert found[1] == expected[1]
+
+
+def test_vllm_makes_room_for_the_next_model():
+    with vllm_stand_in() as engine:
+        questions = Questions(['boolq'], Protocol('log-likelihood'), make_tokenizer(), files=FILES, backend='vllm')
+        assert questions.ask(make_model())[0] == questions.ask(make_model())[0]
+        assert not engine.alive
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_vllm_reads_an_adapter_in_its_base(tied):
+    torch.manual_seed(5)
+    base = make_model()
+    own, read = (
+        type(base)(type(base.config).from_dict({**base.config.to_dict(), 'tie_word_embeddings': value})).eval()
+        for value in (tied, False)
+    )
+    config = LoraConfig(
+        task_type='CAUSAL_LM',
+        r=2,
+        target_modules=['q_proj'],
+        modules_to_save=['lm_head'],
+        use_dora=True,
+        init_lora_weights=False,
+    )
+    model: Any = get_peft_model(own, config).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().modules_to_save['default'].weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(3, 40)[None]
+    expected = model(ids).logits
+    _, _, weights = ask_through_vllm(model, mode='log-likelihood', questions=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    read.load_state_dict(weights)
+    torch.testing.assert_close(read(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_that_cannot_be_merged():
+    model = get_peft_model(
+        type(make_model())(make_model().config), PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=2)
+    )
+    with pytest.raises(ValueError, match='PROMPT_TUNING cannot be merged into its base for vLLM: take --backend hf'):
+        ask_through_vllm(model, mode='log-likelihood')
+
+
+def test_vllm_is_missed_before_anything_is_read():
+    with pytest.raises(ImportError, match='vLLM is not installed: pip install vllm, or take --backend hf'):
+        Suite(['boolq'], backend='vllm')
+
+
+# How a tokenizer begins texts, and how it ends them.
+SPECIALS = [('<s>', None), (None, '</s>'), ('<s>', '</s>'), (None, None)]
+
+
+def fast_tokenizer(begin, end):
+    vocabulary = {'<pad>': 0, '</s>': 1, '<s>': 2, '<unk>': 3, 'is': 4, 'it': 5, 'Answer': 6}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='<unk>'))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    template = ' '.join(part for part in (begin, '$A', end) if part)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[('<s>', 2), ('</s>', 1)]
+    )
+    names = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>', 'unk_token': '<unk>'}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def slow_tokenizer(begin, end):
+    tokenizer = ByT5Tokenizer(extra_ids=0, bos_token='<s>')
+    first, last = ([] if name is None else [tokenizer.convert_tokens_to_ids(name)] for name in (begin, end))
+    tokenizer.build_inputs_with_special_tokens = lambda ids, pair=None: [*first, *ids, *last]
+    return tokenizer
+
+
+@pytest.mark.parametrize('make', [fast_tokenizer, slow_tokenizer])
+@pytest.mark.parametrize(('begin', 'end'), SPECIALS)
+def test_prompts_keep_their_beginning_and_lose_their_end(make, begin, end):
+    tokenizer = without_end(make(begin, end))
+    text = 'is it\nAnswer'
+    plain = tokenizer(text, add_special_tokens=False)['input_ids']
+    expected = ([] if begin is None else [tokenizer.convert_tokens_to_ids(begin)]) + plain
+    with language_model(make_model(), tokenizer, 'hf', 2, 0) as lm:
+        assert lm.tok_encode(text) == expected
+        rows, mask = lm.tok_batch_encode([text, 'is'])
+    assert rows[0].tolist() == expected
+    # Padding is on the left.
+    assert (
+        rows[1][mask[1].bool()].tolist()
+        == [*expected[: len(expected) - len(plain)], *tokenizer('is').input_ids][-int(mask[1].sum()) :]
+    )
+
+
+@pytest.mark.parametrize('backend', ['hf', 'vllm'])
+def test_prompts_of_every_backend_are_encoded_alike(backend):
+    tokenizer = without_end(slow_tokenizer('<s>', '</s>'))
+    with vllm_stand_in(), language_model(make_model(), tokenizer, backend, 2, 0) as lm:
+        plain = tokenizer('is it', add_special_tokens=False).input_ids
+        assert lm.tok_encode('is it') == [tokenizer.bos_token_id, *plain]
+
+
+def test_a_tokenizer_without_an_end_of_text():
+    tokenizer = fast_tokenizer('<s>', None)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match='The tokenizer has no end-of-text token, which questions need'):
+        Questions(['boolq'], Protocol(), tokenizer, files=FILES)
 
 
 def test_wrong_settings():
@@ -165,8 +288,20 @@ def test_wrong_settings():
         Questions(['boolq'], Protocol(), make_tokenizer(), files=FILES)
 
 
-def test_a_damaged_file(tmp_path):
+QUESTION = '{"question": "is it", "passage": "It is.", "answer": true}'
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('{"question": "is it"', "The questions of boolq could not be read from '.*boolq.jsonl': JSON parse error"),
+        ('3', "The questions of boolq could not be read from '.*boolq.jsonl'"),
+        ('\n\n', "The file '.*boolq.jsonl' is empty, and should have the questions of boolq"),
+        (QUESTION.replace('"It is."', 'null'), "'passage' of the questions of '.*boolq.jsonl' holds None, .* a text"),
+    ],
+)
+def test_a_damaged_file(tmp_path, content, message):
     file = tmp_path / 'boolq.jsonl'
-    file.write_text('{"question": "is it"')
-    with pytest.raises(ValueError, match="The questions of boolq could not be read from '.*boolq.jsonl'"):
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
         Questions(['boolq'], Protocol(), make_tokenizer(), files={'boolq': file})

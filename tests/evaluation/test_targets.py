@@ -4,13 +4,17 @@
 """Models as they are evaluated: which weights they hold, from every kind of target."""
 
 import shutil
+import weakref
+from unittest import mock
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from composer_bema.evaluation import targets
 from composer_bema.evaluation.targets import open_target
+from composer_bema.offline.loading import load_weights
 from composer_bema.offline.settings import Setting
 from tests.evaluation.models import make_tokenizer
 from tests.formats.runs import saved
@@ -83,26 +87,93 @@ def test_a_dtype():
     assert_holds(weights, run('training').weights[12]['training'], atol=0)
 
 
-def test_adapters(tmp_path):
-    """Averages of adapters are put into one model, on a base that stays as it is."""
+ADAPTERS = {
+    'lora': {'target_modules': ['q_proj']},
+    'lora with biases': {'target_modules': ['q_proj'], 'bias': 'all'},
+    'dora': {'target_modules': ['q_proj', 'down_proj'], 'use_dora': True},
+    'whole modules': {'target_modules': ['q_proj'], 'modules_to_save': ['lm_head', 'embed_tokens']},
+    'lora of embeddings': {'target_modules': ['embed_tokens', 'v_proj']},
+    'new tokens': {'target_modules': ['q_proj'], 'trainable_token_indices': [3, 5]},
+}
+
+
+def adapted(folder, **settings):
     torch.manual_seed(0)
     sizes = {'hidden_size': 8, 'intermediate_size': 12, 'num_hidden_layers': 1, 'num_attention_heads': 2}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes))
-    base.save_pretrained(tmp_path / 'base')
-    adapted = get_peft_model(
-        LlamaForCausalLM.from_pretrained(tmp_path / 'base'),
-        LoraConfig(task_type='CAUSAL_LM', r=2, target_modules=['q_proj'], init_lora_weights=False),
-    )
-    trained = {}
+    LlamaForCausalLM(LlamaConfig(vocab_size=259, attention_bias=True, **sizes)).save_pretrained(folder)
+    base = LlamaForCausalLM.from_pretrained(folder)
+    return get_peft_model(base, LoraConfig(task_type='CAUSAL_LM', r=2, init_lora_weights=False, **settings))
+
+
+@pytest.mark.filterwarnings('ignore:Setting `save_embedding_layers` to `True`')
+@pytest.mark.parametrize('kind', ADAPTERS)
+def test_adapters(tmp_path, kind):
+    """Averages of adapters are put into one model, on a base that stays as it is."""
+    model = adapted(tmp_path / 'base', **ADAPTERS[kind])
+    trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
+    base = {n: tensor.clone() for n, tensor in model.state_dict().items() if n not in trained}
+    steps = []
     for step in (1, 2):
-        trained[step] = {n: torch.randn_like(t) for n, t in adapted.state_dict().items() if 'lora' in n}
-        adapted.load_state_dict(trained[step], strict=False)
-        adapted.save_pretrained(str(tmp_path / f'run/checkpoint-{step}'))
+        steps.append({n: torch.randn_like(t) for n, t in model.state_dict().items() if n in trained})
+        model.load_state_dict(steps[-1], strict=False)
+        model.save_pretrained(str(tmp_path / f'run/checkpoint-{step}'))
         make_tokenizer().save_pretrained(tmp_path / f'run/checkpoint-{step}')
-    [(_, weights)] = held(tmp_path / 'run', {'lawa': Setting('lawa', {'window': 2}, update_freq=1)}, weights='training')
-    for name, tensor in trained[1].items():
-        torch.testing.assert_close(weights[name], (tensor + trained[2][name]) / 2)
-    torch.testing.assert_close(weights['base_model.model.lm_head.weight'], base.lm_head.weight)
+    average = {name: (tensor + steps[1][name]) / 2 for name, tensor in steps[0].items()}
+    settings = {'lawa': Setting('lawa', {'window': 2}, update_freq=1)}
+    target = open_target(str(tmp_path / 'run'), settings, device=CPU, weights='training')
+    [(_, found)] = target.models()
+    weights = found.state_dict()
+    for name, tensor in (base | average).items():
+        torch.testing.assert_close(weights[name], tensor)
+    model.load_state_dict(average, strict=False)
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(found(ids).logits, model.eval()(ids).logits)
+
+
+def test_the_reference_of_dpo_is_passed_over(tmp_path):
+    model = adapted(tmp_path / 'base', target_modules=['q_proj'], modules_to_save=['lm_head'])
+    state = {f'model.{name}': torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    reference = {n.replace('.default', '.reference'): t + 1 for n, t in state.items() if '.default' in n}
+    assert len(reference) == 3
+    load_weights(model, state | reference)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[f'model.{name}'])
+
+
+def test_adapters_of_another_shape(tmp_path):
+    model = adapted(tmp_path / 'base', target_modules=['q_proj'], use_dora=True)
+    state = get_peft_model_state_dict(model)
+    magnitude = 'base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector'
+    with pytest.raises(ValueError, match=r"they lack the tensor '.*q_proj.lora_magnitude_vector.default.weight'"):
+        load_weights(model, {name: tensor for name, tensor in state.items() if name != magnitude})
+    with pytest.raises(ValueError, match="they have a tensor 'base_model.model.lm_head.lora_A.weight' more"):
+        load_weights(model, {**state, 'base_model.model.lm_head.lora_A.weight': torch.zeros(2, 8)})
+    with pytest.raises(ValueError, match=r'has the shape \(3,\) in the checkpoints, but \(8,\) in the model'):
+        load_weights(model, {**state, magnitude: torch.zeros(3)})
+
+
+def test_an_average_is_in_the_model_alone():
+    """What is in the model already is in memory no second time while it is evaluated."""
+    compute, held_elsewhere = targets.averaged_weights, []
+
+    def watched(*args, **kwargs):
+        computed = compute(*args, **kwargs)
+
+        def pair():
+            average, weights = next(computed)
+            held_elsewhere.append(weakref.ref(next(iter(weights.values()))))
+            return average, weights
+
+        for _ in range(2):
+            yield pair()
+
+    source = run('training')
+    settings = {'bema': Setting('bema', update_freq=2)}
+    options = {'weights': 'training', 'initial_model': source.initial_model, 'at': (2, 4)}
+    target = open_target(str(source.checkpoints), settings, device=CPU, **options)
+    with mock.patch.object(targets, 'averaged_weights', watched):
+        for _ in target.models():
+            assert held_elsewhere.pop()() is None
 
 
 def test_what_cannot_be_evaluated(tmp_path):

@@ -85,7 +85,7 @@ def test_examples_are_not_asked():
 def test_fewer_questions_than_wanted():
     config = config_of('boolq', Protocol(few_shot=2))
     assert len(config['process_docs'](boolq(10))) == 8
-    with pytest.raises(ValueError, match='google/boolq has 2 questions, too few for 2 examples and one to ask'):
+    with pytest.raises(ValueError, match="'google/boolq' has 2 questions, too few for 2 examples and one to ask"):
         config['process_docs'](boolq(2))
 
 
@@ -100,9 +100,20 @@ def test_a_column_is_missing():
         config_of('boolq')['process_docs'](boolq(3).remove_columns('passage'))
 
 
+def test_errors_name_the_file_that_was_given(tmp_path):
+    rows = boolq(2)
+    file = tmp_path / 'boolq.jsonl'
+    file.write_text('{}')
+    for wrong in (rows.remove_columns('passage'), rows.remove_columns('answer').add_column('answer', ['a', 'b'])):
+        with pytest.raises(ValueError, match=f"questions of '{file}'"):
+            config_of('boolq', file=file)['process_docs'](wrong)
+    with pytest.raises(ValueError, match=f"'{file}' has 2 questions, too few for 2 examples"):
+        config_of('boolq', Protocol(few_shot=2), file=file)['process_docs'](rows)
+
+
 def test_answers_of_another_type():
     rows = rows_of(3, question=str, passage=str, answer=lambda i: 'yes')
-    with pytest.raises(ValueError, match="An answer to .* is 'yes', and should be true or false"):
+    with pytest.raises(ValueError, match="column 'answer' of .* holds 'yes', and should hold true or false"):
         config_of('boolq')['process_docs'](rows)
 
 

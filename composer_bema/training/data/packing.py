@@ -5,13 +5,16 @@
 
 import bisect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import transformers
 from torch.utils.data import Dataset
 
+from composer_bema.training.config import ConfigError
 from composer_bema.training.data.loaders import IGNORED_LABEL
 
-__all__ = ['PackedRows', 'best_fit', 'collate_packed', 'keeps_documents_apart']
+__all__ = ['PackedRows', 'best_fit', 'check_packing', 'collate_packed', 'keeps_documents_apart']
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -99,12 +102,32 @@ def collate_packed(
     return batch
 
 
+def check_packing(model: Any, path: str) -> None:
+    """Check that a model reads packed conversations one by one.
+
+    Args:
+        model: A model of transformers, or an adapter on one.
+        path: Where the settings ask for packing.
+
+    Raises:
+        ConfigError: It reads across them.
+    """
+    # flash_attention_2 always separates, and does not run on the CPU, where a model is at first.
+    is_flash = model.config._attn_implementation == 'flash_attention_2'
+    if not is_flash and not keeps_documents_apart(model):
+        raise ConfigError(
+            f'{path}: {type(model).__name__} lets packed conversations see each other with transformers '
+            f'{transformers.__version__}; use packing: false.',
+        )
+
+
 @torch.no_grad()
 def keeps_documents_apart(model: torch.nn.Module) -> bool:
     """Whether a transformers model's outputs for one document of a packed row ignore the document before.
 
     Older releases of transformers, and some of its models, use ``position_ids`` for the positions alone; nothing but a
-    trial tells. The trial is two forward passes of four tokens, on whatever device the model is.
+    trial tells. The trial is two forward passes of four tokens, on whatever device the model is, and without a cache,
+    with which transformers does not keep documents apart.
     """
     device = next(model.parameters()).device
     position_ids = torch.tensor([[0, 1, 0, 1]], device=device)
@@ -112,7 +135,9 @@ def keeps_documents_apart(model: torch.nn.Module) -> bool:
     model.eval()
     try:
         logits = [
-            model(input_ids=torch.tensor([[*first, 1, 2]], device=device), position_ids=position_ids).logits[:, 2:]
+            model(
+                input_ids=torch.tensor([[*first, 1, 2]], device=device), position_ids=position_ids, use_cache=False
+            ).logits[:, 2:]
             for first in ((3, 4), (5, 6))
         ]
     finally:

@@ -8,8 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 
+from composer_bema.training.config import ConfigError
 from composer_bema.training.data.loaders import IGNORED_LABEL, count_tokens
-from composer_bema.training.data.packing import PackedRows, best_fit, collate_packed, keeps_documents_apart
+from composer_bema.training.data.packing import (
+    PackedRows,
+    best_fit,
+    check_packing,
+    collate_packed,
+    keeps_documents_apart,
+)
 
 
 def test_longest_first_into_the_fullest_row():
@@ -55,19 +62,33 @@ def test_the_loss_of_a_packed_row_is_that_of_its_documents(make_causal_lm):
 
 
 def test_models_that_look_across_are_found_out(make_causal_lm):
-    model = make_causal_lm(use_cache=False)
+    # The cache that a model would use to generate does not matter.
+    model = make_causal_lm(use_cache=True)
     assert keeps_documents_apart(model)
     assert model.training
+    check_packing(model, 'train_loader.dataset.packing')
 
     class Leaky(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids, position_ids):
-            return self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids))
+        def forward(self, input_ids, position_ids, **kwargs):
+            everything = torch.ones_like(input_ids)
+            return self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=everything, **kwargs)
 
     assert not keeps_documents_apart(Leaky())
+
+
+def test_packing_that_a_model_looks_across_is_refused(make_causal_lm):
+    model = make_causal_lm(attn_implementation='eager')
+    forward = model.forward
+    model.forward = lambda input_ids, **kwargs: forward(
+        input_ids, **{**kwargs, 'attention_mask': torch.ones_like(input_ids)}
+    )
+    message = r'^held_out.packing: LlamaForCausalLM lets packed conversations see each other with .*; use packing: f'
+    with pytest.raises(ConfigError, match=message):
+        check_packing(model, 'held_out.packing')
 
 
 @pytest.mark.parametrize('lengths', [[], [20]])
