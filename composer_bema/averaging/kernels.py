@@ -181,9 +181,12 @@ def _can_go_at_once(tensors: _Operands, dtypes: Optional[Collection[torch.dtype]
     device, shape, dtypes = first.device, first.shape, dtypes or (first.dtype,)
     if device.type not in _ACCELERATORS:
         return False
-    if any(t.device != device or t.shape != shape or t.dtype not in dtypes for t in tensors):
-        return False
-    return all(t.is_contiguous() for t in tensors) or _flattened(tensors) is not None
+    contiguous = True
+    for tensor in tensors:
+        if tensor.device != device or tensor.dtype not in dtypes or tensor.shape != shape:
+            return False
+        contiguous = contiguous and tensor.is_contiguous()
+    return contiguous or _flattened(tensors) is not None
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:

@@ -173,6 +173,13 @@ def test_rows_see_the_rows_before_them(fused):
     assert [tensor.tolist() for tensor in buffers] == [[0.0] * 3, [2.0] * 3, [6.0] * 3]
 
 
+def test_an_average_close_to_the_weights_starts_from_them(fused):
+    """1e8 + (1 - 1e-9) (1 - 1e8) is 0 in fp32, for which 1 - 1e8 is -1e8; 1 + 1e-9 (1e8 - 1) is 1.1."""
+    theta, ema = (torch.tensor([value], device=DEVICE) for value in (1.0, 1e8))
+    fused.apply_rows([Lerp('ema', 'theta', 1 - 1e-9)], ['theta', 'ema'], [[theta, ema]])
+    assert ema.item() == pytest.approx(1.1)
+
+
 def test_averages_of_16_bits_are_rounded_once(fused):
     """Of values whose average has 8 bits: what the interpreter rounds to bf16 is not what a GPU does."""
     for dtype in (FP16, BF16):
