@@ -49,7 +49,7 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
         step (LinearStep): The rows.
         theta (Sequence[torch.Tensor]): The training weights, of any shape, dtype and device. They are only read.
         buffers (Mapping[str, Sequence[torch.Tensor]]): For each buffer that the rows name, tensors of the shapes of
-            ``theta``, in the same order.
+            ``theta``, in the same order. What a row writes shares memory with no other operand.
     """
     names = [THETA, *buffers]
     tuples = list(zip(theta, *buffers.values(), strict=True))

@@ -234,6 +234,20 @@ def test_tables_are_made_once_for_the_same_memory(fused):
     assert fused._plan.cache_info().misses == 2
 
 
+@pytest.mark.skipif(INTERPRETED or torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_tensors_of_several_devices(fused, launches):
+    """A launch each, whichever device is the current one."""
+    tuples = [[torch.randn(70, device=f'cuda:{index}') for _ in range(4)] for index in (0, 1, 0)]
+    expected = copies(tuples)
+    fused.apply_rows(BEMA_ROWS, BEMA_NAMES, tuples)
+    for wanted, tensors in zip(expected, tuples, strict=True):
+        fused.apply_rows(BEMA_ROWS, BEMA_NAMES, [on_first := [tensor.to('cuda:0') for tensor in wanted]])
+        assert [bits(tensor) for tensor in tensors] == [bits(tensor) for tensor in on_first]
+    assert len(launches) == 2 + 3
+    tuples[1][2][3] = math.nan
+    assert fused.first_nonfinite([tensors[2] for tensors in tuples]) == 1
+
+
 def test_an_element_beyond_two_to_the_31(fused, monkeypatch):
     """The last block alone is exchanged: its offset, though not its number, needs 64 bits."""
     block, numel = 2048, 2**31 + 5
