@@ -8,7 +8,7 @@ of elements which tensor it is of. A program takes one block, reads every operan
 once; what is between stays in registers. Operands are dense and have their elements in one order, so that memory can be
 walked without shapes.
 
-Only :mod:`.kernels` imports this module, when there are tensors for it: Triton may be missing, and is slow to import.
+Only :mod:`.kernels` imports this module, and only when there are tensors for it, since Triton may be missing.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
         step (LinearStep): The rows.
         theta (Sequence[torch.Tensor]): The training weights, of any shape, dtype and device. They are only read.
         buffers (Mapping[str, Sequence[torch.Tensor]]): For each buffer that the rows name, tensors of the shapes of
-            ``theta``, in the same order.
+            ``theta``, in the same order. What a row writes shares memory with no other operand.
     """
     names = [THETA, *buffers]
     tuples = list(zip(theta, *buffers.values(), strict=True))
@@ -181,9 +181,12 @@ def _can_go_at_once(tensors: _Operands, dtypes: Optional[Collection[torch.dtype]
     device, shape, dtypes = first.device, first.shape, dtypes or (first.dtype,)
     if device.type not in _ACCELERATORS:
         return False
-    if any(t.device != device or t.shape != shape or t.dtype not in dtypes for t in tensors):
-        return False
-    return all(t.is_contiguous() for t in tensors) or _flattened(tensors) is not None
+    contiguous = True
+    for tensor in tensors:
+        if tensor.device != device or tensor.dtype not in dtypes or tensor.shape != shape:
+            return False
+        contiguous = contiguous and tensor.is_contiguous()
+    return contiguous or _flattened(tensors) is not None
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:

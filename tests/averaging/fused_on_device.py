@@ -173,6 +173,13 @@ def test_rows_see_the_rows_before_them(fused):
     assert [tensor.tolist() for tensor in buffers] == [[0.0] * 3, [2.0] * 3, [6.0] * 3]
 
 
+def test_an_average_close_to_the_weights_starts_from_them(fused):
+    """1e8 + (1 - 1e-9) (1 - 1e8) is 0 in fp32, for which 1 - 1e8 is -1e8; 1 + 1e-9 (1e8 - 1) is 1.1."""
+    theta, ema = (torch.tensor([value], device=DEVICE) for value in (1.0, 1e8))
+    fused.apply_rows([Lerp('ema', 'theta', 1 - 1e-9)], ['theta', 'ema'], [[theta, ema]])
+    assert ema.item() == pytest.approx(1.1)
+
+
 def test_averages_of_16_bits_are_rounded_once(fused):
     """Of values whose average has 8 bits: what the interpreter rounds to bf16 is not what a GPU does."""
     for dtype in (FP16, BF16):
@@ -225,6 +232,20 @@ def test_tables_are_made_once_for_the_same_memory(fused):
     tuples[1][2] = tuples[1][2].clone()
     fused.apply_rows(BEMA_ROWS, BEMA_NAMES, tuples)
     assert fused._plan.cache_info().misses == 2
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_tensors_of_several_devices(fused, launches):
+    """A launch each, whichever device is the current one."""
+    tuples = [[torch.randn(70, device=f'cuda:{index}') for _ in range(4)] for index in (0, 1, 0)]
+    expected = copies(tuples)
+    fused.apply_rows(BEMA_ROWS, BEMA_NAMES, tuples)
+    for wanted, tensors in zip(expected, tuples, strict=True):
+        fused.apply_rows(BEMA_ROWS, BEMA_NAMES, [on_first := [tensor.to('cuda:0') for tensor in wanted]])
+        assert [bits(tensor) for tensor in tensors] == [bits(tensor) for tensor in on_first]
+    assert len(launches) == 2 + 3
+    tuples[1][2][3] = math.nan
+    assert fused.first_nonfinite([tensors[2] for tensors in tuples]) == 1
 
 
 def test_an_element_beyond_two_to_the_31(fused, monkeypatch):
