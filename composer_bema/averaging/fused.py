@@ -23,7 +23,7 @@ import triton
 from torch.autograd.graph import increment_version
 
 from composer_bema.averaging.fused_kernels import exchange_kernel, nonfinite_kernel, step_kernel
-from composer_bema.averaging.rules import Difference, Row
+from composer_bema.averaging.rules import Difference, Lerp, Row
 
 __all__ = ['apply_rows', 'exchange', 'exchange_launch', 'first_nonfinite', 'probe']
 
@@ -140,13 +140,21 @@ def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
     return None if first == len(tensors) else int(first)
 
 
-def probe() -> None:
-    """Launches a kernel on the current device, since Triton may lack what it compiles with, or support for the device.
+def probe(device: str = 'cuda') -> None:
+    """Tries every kernel on a few numbers: Triton may lack what it compiles with, or support for the device.
 
     Raises:
-        Exception: Whatever kept it from running.
+        Exception: Whatever kept one from running.
+        RuntimeError: If one has computed something else.
     """
-    exchange([torch.zeros(2, 1, device='cuda').unbind()])
+    theta, average = torch.tensor([[4.0, 8.0, 0.0, 0.0], [0.0, -4.0, 0.0, 8.0]], device=device).unbind()
+    rows = [Lerp('average', 'theta', 0.25), Difference('average', 'average', 0.5, 'theta', 'average')]
+    apply_rows(rows, ('theta', 'average'), [(theta, average)])
+    exchange([(theta, average)])
+    first_bad = first_nonfinite([theta, average, 1 / average])
+    found = [*theta.tolist(), *average.tolist(), first_bad]
+    if found != [2.5, 3.5, 0.0, 3.0, 4.0, 8.0, 0.0, 0.0, 2]:
+        raise RuntimeError(f'a trial of them gave {found}')
 
 
 class _Coded:

@@ -209,6 +209,14 @@ def test_a_weight_of_one_copies(fused, dtype, source_dtype):
     assert torch.equal(latest.nan_to_num(7.0, 8.0), theta.to(dtype).nan_to_num(7.0, 8.0))
 
 
+def test_a_probe_tries_every_kernel_and_its_numbers(fused, launches, monkeypatch):
+    fused.probe(DEVICE)
+    assert set(launches) == {'step_kernel', 'exchange_kernel', 'nonfinite_kernel'}
+    monkeypatch.setattr(fused, 'exchange', lambda pairs: None)
+    with pytest.raises(RuntimeError, match='a trial of them gave'):
+        fused.probe(DEVICE)
+
+
 def test_many_small_tensors_take_one_launch(fused, launches):
     tuples = [[in_memory((1 + i % 7,), dtype) for dtype in (BF16, BF16, FP32, FP32)] for i in range(400)]
     assert_as_one_by_one(fused, BEMA_ROWS, BEMA_NAMES, tuples)
