@@ -38,6 +38,7 @@ INSTALL_REQUIRES = [
     'tabulate>=0.9,<1',
     'tqdm>=4.62,<5',
     'xxhash>=3.0,<4',
+    'packaging>=21.3,<26',
 ]
 
 PEFT = ['peft>=0.10,<0.17']
