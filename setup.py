@@ -38,6 +38,7 @@ INSTALL_REQUIRES = [
     'tabulate>=0.9,<1',
     'tqdm>=4.62,<5',
     'xxhash>=3.0,<4',
+    'packaging>=21.3,<26',
 ]
 
 PEFT = ['peft>=0.10,<0.17']
@@ -45,9 +46,13 @@ PEFT = ['peft>=0.10,<0.17']
 # scikit-learn has the digits of the image study.
 EVAL = ['lm-eval>=0.4.13,<0.5', 'scikit-learn>=1.4,<2']
 
+# llm-foundry wants a transformers before 4.52 and TRL from 0.20 on a later one, so no environment has both. TRL from
+# 0.21 on wants one that Composer excludes. llm-foundry imports pkg_resources, which setuptools 82 no longer has.
 EXTRAS_REQUIRE = {
     'eval': EVAL,
+    'llmfoundry': ['llm-foundry>=0.22,<0.23', 'setuptools<82'],
     'peft': PEFT,
+    'trl': ['trl>=0.20,<0.21'],
     'test': [*PEFT, *EVAL, 'pytest>=9,<10', 'hypothesis>=6.100,<7'],
     # Exact, so that a new release of a linter fails nobody's build. `pyright[nodejs]` takes node from a wheel: plain
     # `pyright` downloads it at its first run, from a host that a machine with only a package index cannot reach.

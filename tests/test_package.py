@@ -21,7 +21,7 @@ LICENCE = '# Copyright 2026 composer_bema authors\n# SPDX-License-Identifier: Ap
 # Rooms from the ground up. One may import those of lower floors, and none of its own or of higher ones.
 FLOORS = (
     {'version'},
-    {'averaging', 'flops'},
+    {'averaging', 'environment', 'flops'},
     {'functional', 'formats'},
     {'algorithms', 'offline', 'plots'},
     {'lr_schedulers', 'preference'},

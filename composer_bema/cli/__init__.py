@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from composer_bema.cli.doctor import doctor
 from composer_bema.cli.evaluation import evaluate
 from composer_bema.cli.flops import flops
 from composer_bema.cli.offline import export, stabilize, sweep, weights
@@ -46,5 +47,5 @@ def main(traceback: bool) -> None:
     del traceback  # read by OneSentence
 
 
-for _command in (train, cooldown, report, convert, export, stabilize, sweep, weights, evaluate, flops):
+for _command in (train, cooldown, report, convert, export, stabilize, sweep, weights, evaluate, flops, doctor):
     main.add_command(_command)
