@@ -82,7 +82,7 @@ class Questions:
         self._system = SYSTEM_PROMPT if self._chat and _takes_system_prompt(tokenizer) else None
         self._protocol = protocol
         self._tokenizer = without_end(tokenizer)
-        self._backend = backend
+        self._backend: Backend = backend
         self._batch_size = batch_size
         self._manager = _task_manager()
         self._sets = {task: self._read(task, (files or {}).get(task)) for task in tasks}

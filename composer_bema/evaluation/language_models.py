@@ -113,16 +113,14 @@ def without_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     start = next((i for i in range(len(ids)) if ids[i : i + len(text)] == text), len(ids))
     if not ids[start + len(text) :]:
         return tokenizer
-    copied, beginning = copy.deepcopy(tokenizer), ids[:start]
-    if isinstance(copied, PreTrainedTokenizerFast):
-        special = {'id': 'beginning', 'ids': beginning, 'tokens': copied.convert_ids_to_tokens(beginning)}
-        copied.backend_tokenizer.post_processor = (
-            TemplateProcessing(single='beginning $A', special_tokens=[special])
-            if beginning
-            else TemplateProcessing(single='$A', special_tokens=[])
-        )
+    copied: Any = copy.deepcopy(tokenizer)
+    beginning = ids[:start]
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        special = {'id': 'beginning', 'ids': beginning, 'tokens': tokenizer.convert_ids_to_tokens(beginning)}
+        template = {'single': 'beginning $A', 'special_tokens': [special]} if beginning else {'single': '$A'}
+        copied.backend_tokenizer.post_processor = TemplateProcessing(**template)
     else:
-        copied.build_inputs_with_special_tokens = lambda ids, pair=None: [*beginning, *ids]
+        copied.build_inputs_with_special_tokens = lambda token_ids, _=None: [*beginning, *token_ids]
     return copied
 
 

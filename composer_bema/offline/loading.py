@@ -63,8 +63,10 @@ def _adapter_names(model: Any, state: Mapping[str, torch.Tensor]) -> tuple[dict[
 
     own = {id(tensor): name for name, tensor in state.items()}
 
-    def written(**embeddings: bool) -> dict[str, str]:
-        tensors = get_peft_model_state_dict(model, state, model.active_adapter, **embeddings)
+    def written(save_embedding_layers: Any) -> dict[str, str]:
+        tensors = get_peft_model_state_dict(
+            model, state, model.active_adapter, save_embedding_layers=save_embedding_layers
+        )
         return {name: own[id(tensor)] for name, tensor in tensors.items() if id(tensor) in own}
 
     # Embeddings are there or not, as PEFT saw fit.
