@@ -41,7 +41,7 @@ LOSS_SCRIPT = Path(__file__).with_name('loss_of_folder.py')
 BEMA_EVERY_STEP = {'algorithms.bema.update_after': '1ba', 'algorithms.bema.update_freq': '1ba'}
 PRETRAIN_SMALL = {**SMALL, **SMALL_MPT, **BEMA_EVERY_STEP, 'scheduler.t_warmup': '1ba'}
 
-LOSS = 'metrics/{label}/LanguageCrossEntropy'
+LOSS = 'metrics/eval/{label}/LanguageCrossEntropy'
 OTHER_AVERAGES = ('dema', 'ema', 'lawa', 'ouema', 'swa_window')
 Tensors = Mapping[str, torch.Tensor]
 
@@ -183,7 +183,9 @@ def test_the_other_averages_in_one_run(data: Path, tmp_path: Path):
     config = yaml.safe_load(PRETRAIN.read_text())
     frequent = {'update_freq': '1ba'}
     more = {'lawa': {'window': 2}, 'swa_window': {'horizon': '4ba'}}
-    config['algorithms'] = {name: {**frequent, 'eval_labels': [name], **more.get(name, {})} for name in OTHER_AVERAGES}
+    config['algorithms'] = {
+        name: {**frequent, 'eval_labels': [f'eval/{name}'], **more.get(name, {})} for name in OTHER_AVERAGES
+    }
     config['eval_loader'] = [{**config['eval_loader'][0], 'label': label} for label in ('training', *OTHER_AVERAGES)]
     config['scheduler'] = {'name': 'cosine_with_constant_tail', 't_warmup': '1ba', 't_tail': '0.5dur'}
     recipe = tmp_path / 'averages.yaml'

@@ -102,18 +102,19 @@ def collate_packed(
     return batch
 
 
-def check_packing(model: Any, path: str) -> None:
+def check_packing(model: torch.nn.Module, path: str) -> None:
     """Check that a model reads packed conversations one by one.
 
     Args:
-        model: A model of transformers, or an adapter on one.
+        model: A transformers model, with an adapter or without.
         path: Where the settings ask for packing.
 
     Raises:
         ConfigError: It reads across them.
     """
     # flash_attention_2 always separates, and does not run on the CPU, where a model is at first.
-    is_flash = model.config._attn_implementation == 'flash_attention_2'
+    config: Any = model.config
+    is_flash = config._attn_implementation == 'flash_attention_2'
     if not is_flash and not keeps_documents_apart(model):
         raise ConfigError(
             f'{path}: {type(model).__name__} lets packed conversations see each other with transformers '
