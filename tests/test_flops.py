@@ -48,6 +48,7 @@ CONFIGS = {
     'gpt2': {'n_embd': 24, 'n_layer': 2, 'n_head': 4, 'vocab_size': 50, 'n_positions': 32},
     'gpt2 with n_inner': {'n_embd': 24, 'n_layer': 2, 'n_head': 4, 'vocab_size': 50, 'n_inner': 20},
     'gpt_neox': {**SIZES, 'intermediate_size': 20, 'rotary_pct': 1.0, 'max_position_embeddings': 32},
+    'mpt': {'d_model': 24, 'n_layers': 2, 'n_heads': 4, 'vocab_size': 50, 'max_seq_len': 32},
     'mixtral': {**LLAMA, 'num_local_experts': 4, 'num_experts_per_tok': 2},
     'qwen2_moe': {**QWEN_MOE, 'shared_expert_intermediate_size': 28},
     'qwen3_moe': {**QWEN_MOE, 'head_dim': 10},
@@ -176,7 +177,7 @@ def test_flops_are_those_that_torch_counts_in_the_model(name):
         # The gate is a matrix product, and not 3 FLOPs for each expert.
         'gate': 2 * LENGTH * gates - 3 * LENGTH * a.num_experts * a.num_hidden_layers,
         # The angles are products of positions and frequencies, once for all layers.
-        'rotation': 0 if 'gpt2' in name else LENGTH * a.attention_width // a.num_attention_heads,
+        'rotation': 0 if name.startswith(('gpt2', 'mpt')) else LENGTH * a.attention_width // a.num_attention_heads,
     }
     assert counter.get_total_flops() == forward_flops(a, LENGTH) + sum(of_torch.values())
 
@@ -204,6 +205,21 @@ def test_what_a_short_configuration_leaves_out_is_as_in_transformers(name):
     read = architecture_of({'model_type': model_type, **short})
     assert parameter_count(read) == parameter_count(whole)
     assert forward_flops(read, LENGTH) == forward_flops(whole, LENGTH)
+
+
+def test_an_mpt_of_llm_foundry_has_sections():
+    mpt = {'model_type': 'mpt', **CONFIGS['mpt'], 'expansion_ratio': 2, 'tie_word_embeddings': False}
+    queries_and_outputs, embeddings = 2 * 24 * 24, 2 * 50 * 24
+
+    def count(attn_config, ffn_config):
+        return parameter_count(architecture_of({**mpt, 'attn_config': attn_config, 'ffn_config': ffn_config}))
+
+    all_heads = count({'attn_type': 'multihead_attention', 'kv_n_heads': None}, {'ffn_type': 'mptmlp'})
+    assert all_heads == embeddings + 2 * (queries_and_outputs + 2 * 24 * 24 + 2 * 24 * 48)
+    some = count({'attn_type': 'grouped_query_attention', 'kv_n_heads': 2}, {'ffn_type': 'mptmlp'})
+    assert some == embeddings + 2 * (queries_and_outputs + 2 * 24 * 12 + 2 * 24 * 48)
+    one = count({'attn_type': 'multiquery_attention'}, {'ffn_hidden_size': 10})
+    assert one == embeddings + 2 * (queries_and_outputs + 2 * 24 * 6 + 2 * 24 * 10)
 
 
 @given(architectures, st.integers(1, 50), st.integers(1, 10**12))
@@ -260,6 +276,11 @@ def test_a_length_that_is_wrong(length):
         ({'model_type': 'qwen3', **LLAMA}, "'qwen3'.* does not say its head_dim"),
         ({'model_type': 'mistral', **SIZES, 'intermediate_size': 20}, 'does not say its num_key_value_heads'),
         ({'model_type': 'gpt2', **LLAMA}, 'does not say its n_embd'),
+        ({'model_type': 'mpt', **CONFIGS['mpt'], 'ffn_config': {'ffn_type': 'mptglu'}}, "the ffn_type 'mptglu' is not"),
+        (
+            {'model_type': 'mpt', **CONFIGS['mpt'], 'block_overrides': {'order': []}},
+            'with block_overrides is not counted',
+        ),
         ({'model_type': 'llama', **LLAMA, 'vocab_size': None}, 'vocab_size must be a positive whole number, not None'),
         (
             {'model_type': 'qwen2_moe', **CONFIGS['qwen2_moe'], 'decoder_sparse_step': 2},

@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from composer_bema.formats.composer import open_checkpoint
 from composer_bema.training.data.convert import convert_to_mds
 from composer_bema.training.data.python_manual import manual_topics
 from composer_bema.training.tokenizers import build_tokenizer
@@ -96,19 +97,10 @@ def hf_folder_of(folder: Path, step: int, recipe: Path = PRETRAIN) -> Path:
     return folder / 'runs' / recipe.stem / 'hf/huggingface' / f'ba{step}'
 
 
-def averages_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of all averages, as it is stored."""
-    return dict(checkpoint['state']['callbacks'])['AveragingCheckpoint']
-
-
-def model_in(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights, by the names of the Hugging Face model."""
-    return {name.removeprefix('model.'): tensor for name, tensor in checkpoint['state']['model'].items()}
-
-
-def training_weights_in(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    weights = averages_in(checkpoint)['BEMA/training_weights']
-    return {name.removeprefix('model.'): tensor for name, tensor in weights.items()}
+def weights_in(checkpoint: Path, which: str) -> dict[str, torch.Tensor]:
+    """What ``composer-bema export`` reads: the average, the training weights, or a buffer."""
+    weights = open_checkpoint(checkpoint).weights(which)
+    return {name.removeprefix('model.'): tensor.read() for name, tensor in weights.items()}
 
 
 def assert_same(tensors: Tensors, others: Tensors) -> None:
@@ -128,17 +120,17 @@ def plain(value: Any) -> Any:
 
 @pytest.mark.parametrize('step', [LAST_STEP // 2, LAST_STEP])
 def test_the_hugging_face_folder_holds_the_bema_weights(pretrained: Path, step: int):
-    checkpoint = load_checkpoint(checkpoint_of(pretrained, step))
+    checkpoint = checkpoint_of(pretrained, step)
     saved = load_file(hf_folder_of(pretrained, step) / 'model.safetensors')
-    average, training = model_in(checkpoint), training_weights_in(checkpoint)
-    assert averages_in(checkpoint)['model_holds'] == 'BEMA'
+    average, training = weights_in(checkpoint, 'average'), weights_in(checkpoint, 'training')
+    assert open_checkpoint(checkpoint).model_holds == 'BEMA'
     assert_same(saved, {name: average[name] for name in saved})
     assert not any(torch.equal(saved[name], training[name]) for name in training)
     # EMA_t + alpha_t (theta_t - theta_0), from what is stored and the paper's alpha_t = (rho + t)^-eta.
-    buffers = averages_in(checkpoint)['BEMA/buffers']
+    ema, theta_0 = weights_in(checkpoint, 'ema'), weights_in(checkpoint, 'theta_0')
     for name, theta in training.items():
-        ema, theta_0 = (buffers[buffer][f'model.{name}'] for buffer in ('ema', 'theta_0'))
-        torch.testing.assert_close(saved[name], ema + (10 + step) ** -0.2 * (theta - theta_0), rtol=1e-5, atol=1e-6)
+        bema = ema[name] + (10 + step) ** -0.2 * (theta - theta_0[name])
+        torch.testing.assert_close(saved[name], bema, rtol=1e-5, atol=1e-6)
 
 
 def test_evaluations_see_the_average_and_the_training_weights_by_their_labels(
@@ -146,7 +138,7 @@ def test_evaluations_see_the_average_and_the_training_weights_by_their_labels(
 ):
     average = hf_folder_of(pretrained, LAST_STEP)
     training = shutil.copytree(average, tmp_path / 'training')
-    weights = training_weights_in(load_checkpoint(checkpoint_of(pretrained, LAST_STEP)))
+    weights = weights_in(checkpoint_of(pretrained, LAST_STEP), 'training')
     save_file(weights, training / 'model.safetensors', metadata={'format': 'pt'})
     printed = run_command('python', '-I', LOSS_SCRIPT, data / 'val', average, training, folder=tmp_path)
     metrics = read_metrics(pretrained)
@@ -159,7 +151,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(pretrained: Path, resumed: Path):
     whole, parts = (load_checkpoint(checkpoint_of(folder, LAST_STEP))['state'] for folder in (pretrained, resumed))
     for key in ('model', 'optimizers', 'schedulers'):
         assert plain(whole[key]) == plain(parts[key])
-    assert plain(averages_in({'state': whole})) == plain(averages_in({'state': parts}))
+    for which in ('average', 'training', 'ema', 'theta_0'):
+        assert_same(*(weights_in(checkpoint_of(folder, LAST_STEP), which) for folder in (pretrained, resumed)))
     assert_same(*(load_file(hf_folder_of(folder, LAST_STEP) / 'model.safetensors') for folder in (pretrained, resumed)))
     for label in ('bema', 'training'):
         name = LOSS.format(label=label)
@@ -198,13 +191,13 @@ def test_the_other_averages_in_one_run(data: Path, tmp_path: Path):
     assert {f'{name.replace("_", "")}/num_updates' for name in OTHER_AVERAGES} <= metrics.keys()
     rates = metrics['lr-DecoupledAdamW/group0']
     assert rates[LAST_STEP - 1] == rates[LAST_STEP - 2] == pytest.approx(6e-5)
-    checkpoint = load_checkpoint(checkpoint_of(tmp_path, LAST_STEP))
-    stored = averages_in(checkpoint)
-    assert {name.split('/')[0] for name in stored} == {'model_holds', 'DEMA', 'EMA', 'LAWA', 'OUEMA', 'SWAWindow'}
+    checkpoint = checkpoint_of(tmp_path, LAST_STEP)
+    opened = open_checkpoint(checkpoint)
+    assert set(opened.averages) == {'DEMA', 'EMA', 'LAWA', 'OUEMA', 'SWAWindow'}
     # With several averages none of them owns the checkpoint, and so neither the Hugging Face folder.
-    assert stored['model_holds'] == 'training'
+    assert opened.model_holds == 'training'
     saved = load_file(hf_folder_of(tmp_path, LAST_STEP) / 'model.safetensors')
-    assert_same(saved, {name: model_in(checkpoint)[name] for name in saved})
+    assert_same(saved, weights_in(checkpoint, 'training'))
 
 
 def test_the_recipe_that_finetunes(tmp_path: Path):
@@ -216,11 +209,13 @@ def test_the_recipe_that_finetunes(tmp_path: Path):
     overrides = {**SMALL, **BEMA_EVERY_STEP, 'variables.data': folder}
     train(FINETUNE, tmp_path, {**overrides, 'model.pretrained_model_name_or_path': TOKENIZER})
 
-    checkpoint = load_checkpoint(checkpoint_of(tmp_path, LAST_STEP, FINETUNE))
-    assert averages_in(checkpoint)['model_holds'] == 'BEMA'
+    checkpoint = checkpoint_of(tmp_path, LAST_STEP, FINETUNE)
+    assert open_checkpoint(checkpoint).model_holds == 'BEMA'
     saved = load_file(hf_folder_of(tmp_path, LAST_STEP, FINETUNE) / 'model.safetensors')
-    assert_same(saved, {name: model_in(checkpoint)[name] for name in saved})
-    assert not any(torch.equal(saved[name], theta) for name, theta in training_weights_in(checkpoint).items())
+    average = weights_in(checkpoint, 'average')
+    assert_same(saved, {name: average[name] for name in saved})
+    training = weights_in(checkpoint, 'training')
+    assert not any(torch.equal(saved[name], training[name]) for name in saved)
     losses = [read_metrics(tmp_path)[LOSS.format(label=label)][LAST_STEP] for label in ('bema', 'training')]
     assert losses[0] != losses[1]
 
