@@ -4,7 +4,7 @@
 """What is installed, and whether it goes together, in folders with distributions made for each test."""
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -24,12 +24,13 @@ OURS = ['Requires-Python: >=3.10', 'Requires-Dist: torch>=2.6', 'Requires-Dist: 
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Puts distributions into a folder that is all that metadata are read from, and modules before all others."""
     monkeypatch.syspath_prepend(tmp_path)
-    find = metadata.MetadataPathFinder.find_distributions
-    monkeypatch.setattr(
-        metadata.MetadataPathFinder,
-        'find_distributions',
-        lambda context: find(metadata.DistributionFinder.Context(name=context.name, path=[str(tmp_path)])),
-    )
+
+    # Not a finder: there may be another, for importlib_metadata puts one of its own in the place of Python's.
+    def discover(name: str | None = None) -> Iterable[metadata.Distribution]:
+        context = metadata.DistributionFinder.Context(name=name, path=[str(tmp_path)])
+        return metadata.MetadataPathFinder.find_distributions(context)
+
+    monkeypatch.setattr(metadata.Distribution, 'discover', discover)
 
     def install(name: str, *fields: str, version: str = '1.0', module: str = '', points: str = '') -> None:
         folder = tmp_path / f'{name.replace("-", "_")}-{version}.dist-info'
