@@ -19,7 +19,7 @@ from tests.docs.blocks import NOT_RUN, ROOT, SLOW, blocks_of
 
 PAGES = sorted([ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').glob('*.md')])
 # What commands name of the repository.
-SHARED = ('benchmarks', 'docs', 'tests', 'yamls')
+SHARED = ('benchmarks', 'tests', 'yamls')
 
 WITH_SLOW = os.environ.get('SLOW_DOCS') == '1'
 # How many blocks of all pages are not run. Each has its reason beside it.
