@@ -21,6 +21,7 @@ PACKAGE_VENV ?= .venv-package
 UV := $(VENV)/uv/bin/uv
 INSTALLED := $(VENV)/.installed
 LINTERS := $(VENV)/.linters
+SPHINX := $(VENV)/.sphinx
 TRL_INSTALLED := $(TRL_VENV)/.installed
 LLMFOUNDRY_INSTALLED := $(LLMFOUNDRY_VENV)/.installed
 
@@ -29,7 +30,7 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline bench-offload bench-update-gpu test test-kills test-trl test-llmfoundry test-core package test-package lint format hooks clean
+.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline bench-offload bench-update-gpu test test-kills test-docs-slow test-trl test-llmfoundry test-core package test-package lint docs format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -72,6 +73,9 @@ test: $(INSTALLED)  ## Run the tests; those that need a GPU are skipped where th
 test-kills: $(INSTALLED)  ## Kill each of the runs of tests/distributed/test_kill.py KILLS times (24), in five minutes
 	KILLS=$(KILLS) $(VENV)/bin/python -m pytest tests/distributed/test_kill.py -rP --show-capture=stdout $(PYTEST_ARGS)
 
+test-docs-slow: $(INSTALLED)  ## Run all code in README and docs, those blocks too that take minutes: half an hour, 10 GB of disk
+	SLOW_DOCS=1 $(VENV)/bin/python -m pytest tests/docs -o faulthandler_timeout=3600 $(PYTEST_ARGS)
+
 test-trl: $(INSTALLED) $(TRL_INSTALLED)  ## Hold DPO against TRL's own trainer, which gets the environment .venv-trl, of several GB
 	TRL_PYTHON=$(TRL_VENV)/bin/python $(VENV)/bin/python -m pytest tests/preference/test_trl.py $(PYTEST_ARGS)
 
@@ -101,6 +105,9 @@ lint: $(LINTERS)  ## Check style, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+docs: $(SPHINX)  ## Make a site of docs/ with a reference of the API, in build/docs; warnings are errors
+	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
 
 format: $(LINTERS)  ## Rewrite the code as `make lint` wants it
 	$(VENV)/bin/ruff check --fix .
@@ -136,6 +143,10 @@ $(INSTALLED): setup.py composer_bema/version.py | $(UV)
 
 $(LINTERS): $(INSTALLED) | $(UV)
 	$(UV) pip install --python $(VENV)/bin/python --editable '.[test,lint]'
+	@touch $@
+
+$(SPHINX): $(INSTALLED) | $(UV)
+	$(UV) pip install --python $(VENV)/bin/python --editable '.[test,docs]'
 	@touch $@
 
 # TRL wants a transformers that the package excludes, and so lives apart; the versions are those it was tested with. Made

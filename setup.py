@@ -53,7 +53,9 @@ EXTRAS_REQUIRE = {
     'llmfoundry': ['llm-foundry>=0.22,<0.23', 'setuptools<82'],
     'peft': PEFT,
     'trl': ['trl>=0.20,<0.21'],
-    'test': [*PEFT, *EVAL, 'pytest>=9,<10', 'hypothesis>=6.100,<7'],
+    # sybil runs the code in README and docs, and Composer's TensorBoard logger wants tensorboard.
+    'test': [*PEFT, *EVAL, 'pytest>=9,<10', 'hypothesis>=6.100,<7', 'sybil>=9,<11', 'tensorboard>=2.9,<3'],
+    'docs': ['sphinx>=8,<10', 'myst-parser>=4,<6', 'furo>=2024.8'],
     # Exact, so that a new release of a linter fails nobody's build. `pyright[nodejs]` takes node from a wheel: plain
     # `pyright` downloads it at its first run, from a host that a machine with only a package index cannot reach.
     'lint': ['ruff==0.17.6', 'pyright[nodejs]==1.1.414', 'pre-commit>=4,<5'],

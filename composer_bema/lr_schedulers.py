@@ -123,7 +123,7 @@ class WarmupStableDecayScheduler(_WarmupAndDecayScheduler):
         \end{cases}
 
     where :math:`u = (t - t_{max} + t_{decay}) / t_{decay}` is the part of the decay that is over, and w its shape, see
-    :func:`.decay_factor`; the exponential decay is :math:`\alpha_f^u`.
+    ``averaging.decay_shapes.decay_factor``; the exponential decay is :math:`\alpha_f^u`.
 
     All times may be in any of Composer's units but seconds, and must come to one unit in the run: epochs are counted in
     steps, and a fraction of the run in the unit of ``max_duration``, rounded down. A ``scale_schedule_ratio`` scales

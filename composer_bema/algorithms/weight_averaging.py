@@ -242,6 +242,18 @@ class WeightAveraging(Algorithm):
             check_parallelism(averages, state)
             state.callbacks.append(AveragingCheckpoint(averages, state))
             prepare_savers(state.callbacks, averages)
+        logger.log_hyperparameters({f'{self._prefix}/{name}': value for name, value in self._hyperparameters().items()})
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """Returns all settings, those that a checkpoint does not have among them."""
+        return {
+            **self._settings,
+            'eval_labels': None if self.eval_labels is None else list(self.eval_labels),
+            'save_weights': 'average' if self._saves_average else 'training',
+            'state_in_checkpoint': self.state_in_checkpoint,
+            'nonfinite': self.average.nonfinite,
+            'device': None if self.average.device is None else str(self.average.device),
+        }
 
     def _finish_loading(self, event: Event, state: State, logger: Logger) -> None:
         if state.dataloader is not None:

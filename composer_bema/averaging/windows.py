@@ -41,7 +41,7 @@ class Window:
 
     Args:
         size (int): The number of snapshots, at least 1.
-        decay (str): Their weights, see :func:`merge_weights`. ``'linear'`` is the plain mean, which is LAWA
+        decay (str): Their weights, see ``merge_weights``. ``'linear'`` is the plain mean, which is LAWA
             (arXiv 2209.14981, 2306.03241). Default: ``'linear'``.
 
     Raises:

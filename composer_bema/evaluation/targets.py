@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_bema.formats.composer import AVERAGE, TRAINING, Checkpoint, open_checkpoint
-from composer_bema.formats.pretrained import Pretrained, find_pretrained, is_pretrained
+from composer_bema.formats.harmless import refuse_named_code
+from composer_bema.formats.pretrained import CONFIG, Pretrained, find_pretrained, is_pretrained, read_config
 from composer_bema.formats.tensors import dtype_named
 from composer_bema.offline.checkpoints import Source
 from composer_bema.offline.export import export
@@ -214,8 +215,22 @@ def _load(folder: Path, dtype: Optional[str], tokenizer: Optional[str]) -> tuple
                 f"'{folder}' holds an adapter, and peft is not installed: pip install 'composer_bema[peft]'."
             ) from error
         model_class = AutoPeftModelForCausalLM
-    model = model_class.from_pretrained(folder, torch_dtype=dtype_named(dtype, 'dtype') or 'auto')
+    _require_no_named_code(folder)
+    torch_dtype = dtype_named(dtype, 'dtype') or 'auto'
+    model = model_class.from_pretrained(folder, torch_dtype=torch_dtype, trust_remote_code=False)
     try:
-        return model, AutoTokenizer.from_pretrained(tokenizer or folder)
+        return model, AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"There is no tokenizer in '{tokenizer or folder}': name one with --tokenizer.") from error
+
+
+def _require_no_named_code(folder: Path) -> None:
+    """Checks the configurations that a model is loaded by: its own, an adapter's, and that of the adapter's base."""
+    for path in (folder / CONFIG, folder / _ADAPTER_CONFIG):
+        if path.is_file():
+            config = read_config(path)
+            refuse_named_code(config, str(path))
+            base = config.get('base_model_name_or_path')
+            if path.name == _ADAPTER_CONFIG and base:
+                of_base, _ = PretrainedConfig.get_config_dict(base)
+                refuse_named_code(of_base, base)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
+from composer_bema.formats.harmless import is_file_name
 from composer_bema.formats.stored_parts import StoredPart
 from composer_bema.formats.tensors import LazyTensor, piece_memory
 from composer_bema.formats.unpickling import load_metadata
@@ -56,7 +57,7 @@ def stored_parts(metadata: Any) -> dict[tuple[str, tuple[int, ...]], StoredPart]
             if getattr(info, 'transform_descriptors', None):
                 raise ValueError(f'its {index.fqn} was written through {info.transform_descriptors}, which is not read')
             part = StoredPart(info.relative_path, info.offset, info.length)
-            if Path(part.file).name != part.file or min(part.offset, part.length) < 0:
+            if not is_file_name(part.file) or min(part.offset, part.length) < 0:
                 raise ValueError(f"its .metadata names the file '{part.file}', which is not in the folder")
             parts[index.fqn, tuple(getattr(index, 'offset', None) or ())] = part
     except (AttributeError, TypeError) as error:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Optional, Protocol, Union
 import torch
 
 from composer_bema.averaging.parameters import first_names
-from composer_bema.formats.pretrained import read_safetensors
+from composer_bema.formats.harmless import is_file_name, refuse_named_code
+from composer_bema.formats.pretrained import CONFIG, read_safetensors
 from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE, SafetensorsFiles, write_json
 from composer_bema.formats.tensors import LazyTensor, TensorSpec, main_dtype
 
@@ -50,7 +51,6 @@ PREFIX = 'model.'
 # What FSDP2 puts in front of the name of a class whose parameters it shards.
 _SHARDED_CLASS = 'FSDP'
 _WEIGHTS = 'model.safetensors'
-_CONFIG = 'config.json'
 
 # In a temporary folder: what is being written, and what it is about to replace.
 _NEW = 'new'
@@ -201,7 +201,8 @@ def pretrained_writer(
         max_shard_size (int | str): The size at which another file of weights begins. Default: ``'5GB'``.
 
     Raises:
-        ValueError: If the entry is of another kind, or an adapter's base model is not one of transformers'.
+        ValueError: If the entry is of another kind, names code, or has an adapter of a base model that is not one of
+            transformers'.
     """
     try:
         model_entry, tokenizer_entry = entry['model'], entry.get('tokenizer') or {}
@@ -209,6 +210,8 @@ def pretrained_writer(
         peft_config = model_entry['peft_config']['content'] if 'peft_config' in model_entry else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"What '{source}' says of its Hugging Face model is incomplete: {error}.") from error
+    for each in (config, peft_config):
+        refuse_named_code(each or {}, source)
     named = {n.removeprefix(PREFIX): spec for n, spec in specs.items() if n.startswith(PREFIX)}
     if len(named) < len(specs):
         log.warning('%d tensors are not of the Hugging Face model and were left out.', len(specs) - len(named))
@@ -263,9 +266,9 @@ class ModelWriter:
             # The weights would all have to be in memory at once, so that it gets none.
             self._model.save_pretrained(self._folder, state_dict={'none': torch.empty(0)})
             (self._folder / _WEIGHTS).unlink()
-            written = json.loads((self._folder / _CONFIG).read_text())
+            written = json.loads((self._folder / CONFIG).read_text())
             config = {**written, 'architectures': [_class_name(self._model)]}
-        write_json(self._folder / _CONFIG, {**config, 'torch_dtype': str(self._dtype).removeprefix('torch.')})
+        write_json(self._folder / CONFIG, {**config, 'torch_dtype': str(self._dtype).removeprefix('torch.')})
         self._files.create()
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
@@ -349,7 +352,7 @@ def write_tokenizer(folder: Path, entry: Mapping[str, Any]) -> None:
     for name, saved in entry.items():
         extension, content = saved['file_extension'], saved.get('content')
         name = name if name.endswith(extension) else name + extension
-        if Path(name).name != name:
+        if not is_file_name(name):
             raise ValueError(f"'{name}' is no plain name of a file")
         if extension == '.json':
             # A sharded checkpoint has nothing where an empty dict was.
@@ -419,7 +422,7 @@ def _adapted_model(config: Mapping[str, Any], peft_config: Mapping[str, Any]) ->
     try:
         with torch.device('meta'):
             return peft.get_peft_model(
-                auto_class.from_config(parsed),
+                auto_class.from_config(parsed, trust_remote_code=False),
                 peft.PeftConfig.from_peft_type(**{**peft_config, 'inference_mode': False}),
             )
     except Exception as error:

@@ -20,20 +20,25 @@ from typing import Any, NoReturn, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
+from composer_bema.formats.harmless import is_file_name
 from composer_bema.formats.manifest import MANIFEST
 from composer_bema.formats.safetensors_files import DTYPES, bytes_of
 from composer_bema.formats.tensors import LazyTensor, piece_memory
 from composer_bema.formats.unpickling import load_archive
 
 __all__ = [
+    'CONFIG',
     'Pretrained',
     'copy_companions',
     'download',
     'find_pretrained',
     'is_pretrained',
     'open_pretrained',
+    'read_config',
     'read_safetensors',
 ]
+
+CONFIG = 'config.json'
 
 _INDEX = '.index.json'
 # What transformers and PEFT call weights, in the order in which they look for them.
@@ -122,6 +127,21 @@ def read_safetensors(file: Path) -> dict[str, LazyTensor]:
         stream = functools.partial(_stream, file, start + entry['data_offsets'][0], shape.numel(), dtype)
         tensors[name] = LazyTensor(shape, dtype, functools.partial(_read_tensor, file, name), stream)
     return tensors
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the configuration of a model or an adapter.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(config, dict):
+            raise TypeError(f'it holds a {type(config).__name__}')
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}): restore the configuration of the model.") from error
+    return config
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -217,7 +237,7 @@ def _read_index(index: Path) -> dict[str, str]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"'{index}' is damaged: it does not say which file each tensor is in.") from error
     for name in file_names.values():
-        if Path(name).name != name or name in ('', '..'):
+        if not is_file_name(name):
             raise ValueError(f"'{index}' names the file '{name}', which is not in its folder.")
     return file_names
 

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Literal, Optional, Union
 
 import torch
 
 from composer_bema.formats.composer import Checkpoint
 from composer_bema.formats.composer_writer import ComposerWriter
 from composer_bema.formats.huggingface import WeightsWriter, pretrained_writer
-from composer_bema.formats.pretrained import Pretrained, copy_companions
+from composer_bema.formats.pretrained import CONFIG, Pretrained, copy_companions, read_config
 from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE, SafetensorsFiles, write_json
 from composer_bema.formats.tensors import TensorSpec, main_dtype
 from composer_bema.offline.checkpoints import Source
@@ -25,7 +24,6 @@ __all__ = ['Format', 'MemoryWriter', 'weights_writer']
 Format = Literal['huggingface', 'composer']
 
 _ADAPTER = 'adapter_model'
-_CONFIG = 'config.json'
 
 
 def weights_writer(
@@ -95,7 +93,7 @@ class _FolderWriter:
     def create(self) -> None:
         if self._like is not None:
             copy_companions(self._like.folder, self._folder)
-            self._say_dtype(self._like.folder / _CONFIG)
+            self._say_dtype(self._like.folder / CONFIG)
         self._files.create()
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
@@ -110,16 +108,6 @@ class _FolderWriter:
     def _say_dtype(self, source: Path) -> None:
         """Corrects the dtype in a configuration, under the name that its version of transformers gave it."""
         if source.is_file() and self._dtype is not None:
-            config = _read_config(source)
+            config = read_config(source)
             key = 'dtype' if 'dtype' in config else 'torch_dtype'
-            write_json(self._folder / _CONFIG, {**config, key: str(self._dtype).removeprefix('torch.')})
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding='utf-8'))
-        if not isinstance(config, dict):
-            raise TypeError(f'it holds a {type(config).__name__}')
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"'{path}' is damaged ({error}): restore the configuration of the model.") from error
-    return config
+            write_json(self._folder / CONFIG, {**config, key: str(self._dtype).removeprefix('torch.')})

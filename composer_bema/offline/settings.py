@@ -104,7 +104,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """What the weights are called: as a class of the average would be, or ``'training'``."""
+        """What the weights are called, as a class of the average would be, or ``'training'``."""
         if 'bias_power' in self.options and self.options['bias_power'] is None:
             return 'EMA'
         return _TITLES.get(self.rule, self.rule.upper())

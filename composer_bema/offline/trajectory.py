@@ -39,7 +39,7 @@ class Trajectory:
     """The checkpoints of a run.
 
     Args:
-        checkpoints (str | Path): The directory that they are in, see :func:`.find_checkpoints`.
+        checkpoints (str | Path): The directory that they are in.
         initial_model (str, optional): The weights before the first step: a folder, a file, or a name on the hub.
         weights (str): Of Composer checkpoints the ``'training'`` weights or what the ``'model'`` holds.
         copy (Sequence[str]): Patterns, such as ``'*.rotary_emb.*'``, of the names of tensors that are not averaged but
@@ -76,7 +76,7 @@ class Trajectory:
         return initial + [found.step for found in self._found]
 
     def plan(self, setting: Setting, at: Sequence[int] = ()) -> list[Average]:
-        """Returns the averages of a setting at some steps, by default the last one; see :func:`.plan_averages`."""
+        """Returns the averages of a setting at some steps, by default the last one."""
         return plan_averages(setting, self.steps, at)
 
     def open(self, averages: Sequence[Average]) -> Reading:

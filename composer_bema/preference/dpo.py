@@ -78,7 +78,7 @@ class DPO(HuggingFaceModel):
         model (PreTrainedModel | PeftModel): The policy.
         tokenizer (PreTrainedTokenizerBase, optional): Goes into checkpoints. Default: ``None``.
         beta (float): The strength of the pull towards the reference, above 0. Default: ``0.1``.
-        loss_type (str): ``'sigmoid'`` or ``'ipo'``, as :func:`.preference_losses` has them. Default: ``'sigmoid'``.
+        loss_type (str): ``'sigmoid'`` or ``'ipo'``. Default: ``'sigmoid'``.
         label_smoothing (float): The share of labels thought to be wrong, in [0, 0.5); for ``'sigmoid'`` only.
             Default: ``0``.
         use_train_metrics (bool): Compute the metrics of training batches too. Default: ``True``.

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import ShardingStrategy
 
 from composer_bema.algorithms.coexistence import check_algorithms
 from composer_bema.algorithms.weight_averaging import averages_among
+from composer_bema.formats.harmless import leads_below
 from composer_bema.training.config import ConfigError, TrainConfig, reject_unknown, suggest
 from composer_bema.training.data.sections import check_loader, eval_sections
 from composer_bema.training.registry import ON_PAIRS, build, check_arguments, find_builder, split_name
@@ -54,6 +55,10 @@ def check_config(config: TrainConfig) -> None:
     except ValueError as error:
         raise ConfigError(f'algorithms: {error}') from error
     _check_eval_labels(config)
+    if not leads_below(str(config.run_name)):
+        raise ConfigError(
+            f"run_name: '{config.run_name}' leads out of the folder of runs; name another folder with run_folder."
+        )
     _check_choice(config.precision, [precision.value for precision in Precision], 'precision')
     _check_choice((config.python_log_level or 'info').upper(), LOG_LEVELS, 'python_log_level')
     _check_fsdp(config.fsdp_config or {})

@@ -7,13 +7,15 @@ Names and meanings are llm-foundry's wherever it has one. What the sections (``m
 is not known here: each is checked against its builder's signature, see :mod:`composer_bema.training.registry`.
 """
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -141,7 +143,8 @@ def read_settings(
             raw: Any = OmegaConf.to_container(config, resolve=False)
             if raw.get(key) is None:
                 config[key] = default
-        settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        with _own_resolvers():
+            settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not valid YAML: {_one_line(error)}.") from error
     except OmegaConfBaseException as error:
@@ -195,9 +198,21 @@ def check_top_level(settings: Mapping[str, Any], record: type[T], path: str = ''
                 merged = OmegaConf.merge(merged, {name: value})
             except (OmegaConfBaseException, TypeError) as error:
                 raise ConfigError(f'{prefix}{name}: {_first_line(error)}.') from error
-    config = OmegaConf.to_object(merged)
+    with _own_resolvers():
+        config = OmegaConf.to_object(merged)
     assert isinstance(config, record)
     return config
+
+
+@contextlib.contextmanager
+def _own_resolvers() -> Iterator[None]:
+    """Lets interpolations use what OmegaConf has itself: what other packages register is code, and there for all."""
+    registered = BaseContainer._resolvers
+    OmegaConf.clear_resolvers()
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers = registered
 
 
 def reject_unknown(names: Iterable[str], known: Collection[str], path: str = '') -> None:

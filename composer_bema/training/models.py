@@ -13,6 +13,7 @@ from composer.metrics import LanguageCrossEntropy, LanguagePerplexity
 from composer.models import HuggingFaceModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from composer_bema.formats.harmless import refuse_named_code
 from composer_bema.preference.dpo import DPO
 from composer_bema.preference.losses import LossType
 from composer_bema.training.config import ConfigError, suggest
@@ -169,9 +170,13 @@ def _config_from_mapping(config: Mapping[str, Any], count_vocabulary: Callable[[
 
 def _load_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        written, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         raise _not_found(name) from error
+    if not trust_remote_code:
+        refuse_named_code(written, name)
+    return config
 
 
 def _override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:

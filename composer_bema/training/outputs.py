@@ -28,6 +28,7 @@ __all__ = [
     'PREFERENCE_METRICS',
     'WHERE',
     'MetricsFile',
+    'by_dotted_keys',
     'check_run_folder',
     'evaluation_curves',
     'evaluation_of',
@@ -185,6 +186,16 @@ def write_settings(config: TrainConfig, folder: Path) -> None:
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / CONFIG_FILE)
+
+
+def by_dotted_keys(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Settings as loggers take them, each by its whole key: ``optimizer.lr``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        # An empty section is a setting too.
+        nested = isinstance(value, Mapping) and bool(value)
+        flat |= by_dotted_keys(value, f'{prefix}{key}.') if nested else {f'{prefix}{key}': value}
+    return flat
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 
 """A training run from its settings: build everything they name, fit, and report."""
 
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from composer_bema.training.data.sections import build_evaluators, build_loader,
 from composer_bema.training.outputs import (
     METRICS_FILE,
     MetricsFile,
+    by_dotted_keys,
     check_run_folder,
     goes_on,
     is_below,
@@ -159,6 +161,7 @@ def train(config: TrainConfig) -> str:
     """Train as the settings say; return a table of the last evaluation and where the run's files are (rank 0)."""
     trainer = build_trainer(config)
     try:
+        trainer.logger.log_hyperparameters(by_dotted_keys(dataclasses.asdict(config)))
         if config.eval_first and trainer.state.timestamp.batch == 0:
             trainer.eval()
         elapsed = trainer.state.get_elapsed_duration()

@@ -51,7 +51,7 @@ def build_tokenizer(section: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 def _load_pretrained(name: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(name, **{'trust_remote_code': False, **kwargs})
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"tokenizer.name: '{name}' is none of our tokenizers ({', '.join(REGISTRY['tokenizer'])}), "

@@ -3,6 +3,7 @@
 
 """Models as they are evaluated: which weights they hold, from every kind of target."""
 
+import json
 import shutil
 import weakref
 from unittest import mock
@@ -174,6 +175,32 @@ def test_an_average_is_in_the_model_alone():
     with mock.patch.object(targets, 'averaged_weights', watched):
         for _ in target.models():
             assert held_elsewhere.pop()() is None
+
+
+@pytest.mark.parametrize(
+    ('file', 'named'),
+    [
+        ('config.json', {'_attn_implementation': 'someone/kernels:attention'}),
+        ('adapter_config.json', {'auto_mapping': {'base_model_class': 'X', 'parent_library': 'named'}}),
+    ],
+)
+def test_nothing_is_loaded_that_a_configuration_names(tmp_path, file, named):
+    folder = as_huggingface(run('training'), tmp_path) / 'checkpoint-6'
+    config = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**config, **named}))
+    with pytest.raises(ValueError, match=f"The configuration in '{folder / file}' has code loaded"):
+        held(folder)
+
+
+def test_code_that_comes_with_a_model_does_not_run(tmp_path):
+    folder = as_huggingface(run('training'), tmp_path) / 'checkpoint-6'
+    (folder / 'config.py').write_text(f"open({str(tmp_path / 'has-run')!r}, 'w')")
+    config = json.loads((folder / 'config.json').read_text())
+    code = {'model_type': 'unheard', 'auto_map': {'AutoConfig': 'config.Config'}}
+    (folder / 'config.json').write_text(json.dumps({**config, **code}))
+    with pytest.raises(ValueError, match='trust_remote_code'):
+        held(folder)
+    assert not (tmp_path / 'has-run').exists()
 
 
 def test_what_cannot_be_evaluated(tmp_path):

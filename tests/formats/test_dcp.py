@@ -111,6 +111,8 @@ def test_values_come_back_but_for_what_is_empty(write):
             lambda m: setattr(first_part(m), 'relative_path', '../x'),
             r"the file '\.\./x', which is",
         ),
+        (lambda m: setattr(first_part(m), 'relative_path', '/etc/passwd'), "the file '/etc/passwd', which is not"),
+        (lambda m: setattr(first_part(m), 'relative_path', '..'), r"the file '\.\.', which is not in the folder"),
         (lambda m: setattr(first_part(m), 'offset', -1), 'which is not in the folder'),
         (
             lambda m: setattr(first_part(m), 'transform_descriptors', ['zip']),

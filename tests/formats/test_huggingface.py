@@ -188,6 +188,26 @@ def test_an_adapter_without_peft_says_what_to_install(tmp_path, monkeypatch):
         write_pretrained(tmp_path, entry, {}, source='x.pt')
 
 
+def test_nothing_is_loaded_that_the_configuration_of_an_adapter_names(tmp_path, monkeypatch):
+    """PEFT would import the module to see whether a layer is one of its."""
+    pytest.importorskip('peft')
+    (tmp_path / 'named_by_a_checkpoint.py').write_text('')
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = make_model(lora=True).get_metadata()
+    entry['model']['peft_config']['content'] |= {'megatron_config': {'a': 1}, 'megatron_core': 'named_by_a_checkpoint'}
+    with pytest.raises(ValueError, match=r"The configuration in 'x\.pt' has code loaded \(megatron_config"):
+        write_pretrained(tmp_path, entry, {}, source='x.pt')
+    assert 'named_by_a_checkpoint' not in sys.modules
+
+
+def test_nothing_is_loaded_that_the_configuration_of_a_model_names(tmp_path):
+    model = MODELS['untied']()
+    entry = entry_of(model)
+    entry['model']['config']['content']['_attn_implementation'] = 'someone/kernels:attention'
+    with pytest.raises(ValueError, match=r"The configuration in 'x\.pt' has code loaded \(_attn_implementation"):
+        write_pretrained(tmp_path, entry, weights_of(model), source='x.pt')
+
+
 def test_lora_settings_survive(tmp_path):
     pytest.importorskip('peft')
     composer_model = make_model(lora=True)
@@ -240,7 +260,7 @@ def test_files_of_all_kinds(tmp_path):
     assert (tmp_path / 'chat_template.jinja').read_text() == '{{ x }}'
 
 
-@pytest.mark.parametrize('name', ['../x.json', '/tmp/x.json', 'a/x.json'])
+@pytest.mark.parametrize('name', ['../x.json', '/tmp/x.json', 'a/x.json', '../x'])
 def test_files_outside_the_folder_are_refused(tmp_path, name):
     entry = entry_of(MODELS['untied']())
     entry['tokenizer'] = {name: {'file_extension': '.json', 'content': {}}}

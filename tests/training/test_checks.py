@@ -69,6 +69,8 @@ RECIPES = sorted({*YAMLS.rglob('*.yaml')} - {*SWEEPS})
         ('scheduler={name: warmup_stable_decay, alpha_f: -1}', 'scheduler: alpha_f must be between 0 and 1, but is -1'),
         ('scheduler={name: cosine_with_constant_tail, t_tail: 1dur}', 'scheduler: .* together must be less than t_max'),
         ('train_loader.dataset.part=test', "train_loader.dataset.part must be one of train, held_out, all, not 'test'"),
+        ('run_name=../elsewhere', "run_name: '../elsewhere' leads out of the folder of runs; name another folder with"),
+        ('run_name=/elsewhere', "run_name: '/elsewhere' leads out of the folder of runs"),
         ('train_loader.num_workers=abc', "train_loader.num_workers must be a whole number, not 'abc'"),
     ],
 )

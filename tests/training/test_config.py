@@ -4,6 +4,7 @@
 """Reading settings: files, overrides, interpolations, and what is said about wrong ones."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from composer_bema.training.config import ConfigError, load_config
 from tests.training.tiny import tiny_settings, write_yaml
@@ -72,3 +73,22 @@ def test_wrong_files(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"No such settings file: '.*nothing\.yaml'"):
         load_config(tmp_path / 'nothing.yaml')
+
+
+def test_resolvers_are_those_of_omegaconf_whatever_others_have_registered(tmp_path, monkeypatch):
+    monkeypatch.setenv('RATE', '0.5')
+    called = []
+    # The name of OmegaConf 2.4, or else that of 2.3.
+    register = getattr(OmegaConf, 'register_resolver', None) or OmegaConf.register_new_resolver
+    register('of_another_package', called.append)
+    try:
+        path = write_yaml(tmp_path, tiny_settings(tmp_path))
+        for override in ('run_name=${of_another_package:x}', r'run_name=\${of_another_package:x}'):
+            with pytest.raises(ValueError, match='Unsupported interpolation type of_another_package'):
+                load_config(path, [override])
+        assert load_config(path, ['optimizer.lr=${oc.decode:${oc.env:RATE}}']).optimizer['lr'] == 0.5
+        # And the other package still has it.
+        OmegaConf.to_container(OmegaConf.create({'x': '${of_another_package:y}'}), resolve=True)
+    finally:
+        OmegaConf.clear_resolver('of_another_package')
+    assert called == ['y']

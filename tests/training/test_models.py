@@ -3,6 +3,9 @@
 
 """Models from whole configurations, from folders, and with overrides."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,6 +36,14 @@ def test_pretrained_weights_are_loaded_in_float32(folder):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     again = build_hf_causal_lm(TOKENIZER, folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_nothing_is_loaded_that_the_configuration_of_a_folder_names(folder, tmp_path):
+    config = json.loads((Path(folder) / 'config.json').read_text())
+    named = {**config, '_attn_implementation': 'someone/kernels:attention'}
+    (tmp_path / 'config.json').write_text(json.dumps(named))
+    with pytest.raises(ValueError, match=f"The configuration in '{tmp_path}' has code loaded"):
+        build_hf_causal_lm(TOKENIZER, str(tmp_path), pretrained=False)
 
 
 def test_not_pretrained_takes_the_configuration_alone(folder):

@@ -15,6 +15,7 @@ from composer.core import Timestamp
 from composer_bema.training.config import ConfigError, load_config
 from composer_bema.training.outputs import (
     MetricsFile,
+    by_dotted_keys,
     check_run_folder,
     evaluation_curves,
     perplexity,
@@ -125,3 +126,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     own = ['load_path=x.pt', f'load_path={folder}/checkpoints/x.pt']
     for goes_on in ('save_overwrite=true', 'autoresume=true', *own):
         check_run_folder(load_config(path, [goes_on]))
+
+
+def test_settings_by_dotted_keys():
+    settings = {'a': 1, 'b': {'c': {'d': [{'e': 2}]}, 'f': None}, 'g': {}}
+    assert by_dotted_keys(settings) == {'a': 1, 'b.c.d': [{'e': 2}], 'b.f': None, 'g': {}}

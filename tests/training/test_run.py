@@ -57,6 +57,18 @@ def test_a_run_leaves_settings_metrics_picture_and_table(tmp_path, yaml):
     assert row.split() == ['one', str(step), f'{loss:.4f}', f'{math.exp(loss):.3f}']
 
 
+def test_all_settings_reach_the_loggers(tmp_path, yaml):
+    log = tmp_path / 'log.txt'
+    train(load_config(yaml, [f'loggers.file_logger.filename={log}', 'algorithms.bema.update_freq=2ba']))
+    lines = [line for line in log.read_text().splitlines() if line.startswith('[hyperparameter]: ')]
+    logged = dict(line.removeprefix('[hyperparameter]: ').strip().split(': ', maxsplit=1) for line in lines)
+    assert (logged['optimizer.lr'], logged['algorithms.bema.update_freq']) == ('0.0100', '"2ba"')
+    assert (logged['bema/update_freq'], logged['bema/bias_power']) == ('"2ba"', '0.2000')
+    # Of lists and what was left empty, too.
+    assert '"label": "one"' in logged['eval_loader']
+    assert logged['load_path'] == 'None'
+
+
 def test_without_evaluators_there_is_no_table(tmp_path, yaml):
     report = train(load_config(yaml, ['eval_loader=null', 'max_duration=1ba']))
     assert report.startswith('settings: ')

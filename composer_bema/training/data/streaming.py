@@ -11,6 +11,7 @@ import torch
 from streaming import StreamingDataset
 from transformers import PreTrainedTokenizerBase
 
+from composer_bema.formats.harmless import leads_below
 from composer_bema.training.config import ConfigError
 from composer_bema.training.data.loaders import DataSource, pad_batch
 
@@ -35,9 +36,19 @@ class StreamingText(StreamingDataset):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._require_files_in_folder()
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.token_encoding_type = np.dtype(token_encoding_type)
+
+    def _require_files_in_folder(self) -> None:
+        # streaming downloads a shard to wherever its index says.
+        for shard in self.shards:
+            for info in (info for pair in shard.file_pairs for info in pair if info is not None):
+                if not leads_below(info.basename):
+                    raise ConfigError(
+                        f"the index of the MDS dataset names the file '{info.basename}', which is not in its folder."
+                    )
 
     def __getitem__(self, at: int) -> dict[str, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         sample = super().__getitem__(at)

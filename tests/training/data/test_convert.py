@@ -3,6 +3,8 @@
 
 """Text files to MDS and back through the streaming loader."""
 
+import json
+
 import numpy as np
 import pytest
 from streaming import MDSWriter
@@ -82,3 +84,21 @@ def test_a_tokenizer_needs_a_length(tmp_path, text_file):
 def test_no_data_set(arguments, message):
     with pytest.raises(ConfigError, match=message):
         build_streaming_text(TOKENIZER, 1, 8, **arguments)
+
+
+@pytest.mark.parametrize('name', ['../elsewhere.mds', '/elsewhere.mds'])
+def test_an_index_that_names_files_elsewhere_is_refused(text_file, tmp_path, name):
+    """With a remote, streaming would download them to there."""
+    convert_to_mds([text_file], tmp_path / 'mds')
+    index = json.loads((tmp_path / 'mds/index.json').read_text())
+    index['shards'][0]['raw_data']['basename'] = name
+    (tmp_path / 'mds/index.json').write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=f"names the file '{name}', which is not in its folder"):
+        samples_of(tmp_path / 'mds')
+
+
+def test_pickled_samples_are_refused(tmp_path):
+    with MDSWriter(out=str(tmp_path / 'mds'), columns={'tokens': 'pkl'}) as writer:
+        writer.write({'tokens': [3, 4]})
+    with pytest.raises(ValueError, match='unsafe'):
+        samples_of(tmp_path / 'mds')
