@@ -7,8 +7,9 @@
 
 Run it from the repository's root. It prints the tables of docs/performance.md. The runs are the quickstart's (see
 yamls/quickstart.yaml) without evaluations and checkpoints. They take turns, some steps each, so that what else the
-machine does is shared out, and each turn is compared with that of the run without an average in the same round. A turn's
-time is that from its first batch to the end of its last step. BEMA checks the weights for NaNs, as it does by default.
+machine does is shared out, and each turn is compared with that of the run without an average in the same round. A
+turn's time is that from its first batch to the end of its last step. BEMA checks the weights for NaNs, as it does by
+default.
 """
 
 import dataclasses
