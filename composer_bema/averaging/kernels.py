@@ -5,19 +5,21 @@
 
 A chunk is small enough that the operands of all rows of a step stay in cache, so that an update costs its memory
 traffic, and no temporary is larger than a chunk. Operands of another dtype or device than the target's are converted
-chunk by chunk on the way.
+chunk by chunk on the way. Chunks in host memory are shared out among threads.
 """
 
 from __future__ import annotations
 
 import cmath
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Optional
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Optional, TypeVar
 
 import torch
 
 from composer_bema.averaging.rules import THETA, Difference, Lerp, LinearStep, Row
+from composer_bema.averaging.threads import share_out
 
 __all__ = ['apply_step', 'distance', 'exchange', 'first_nonfinite', 'is_exact_in']
 
@@ -25,6 +27,11 @@ __all__ = ['apply_step', 'distance', 'exchange', 'first_nonfinite', 'is_exact_in
 # larger launches.
 _CPU_CHUNK = 256 * 1024
 _ACCELERATOR_CHUNK = 16 * 1024 * 1024
+# A thread takes about as long to start as one chunk does.
+_CHUNKS_A_THREAD = 4
+
+_Chunks = tuple[torch.Tensor, ...]
+Result = TypeVar('Result')
 
 
 @torch.no_grad()
@@ -37,36 +44,39 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
         buffers (Mapping[str, Sequence[torch.Tensor]]): For each buffer that the rows name, tensors of the shapes of
             ``theta``, in the same order.
     """
-    scratch = _Scratch()
     names = [THETA, *buffers]
-    for tensors in zip(theta, *buffers.values(), strict=True):
-        for chunks in _aligned_chunks(tensors):
-            operands = dict(zip(names, chunks, strict=True))
-            for row in step.rows:
-                _apply_row(row, operands, scratch)
+
+    def combine(chunks: _Chunks, scratch: _Scratch) -> None:
+        operands = dict(zip(names, chunks, strict=True))
+        for row in step.rows:
+            _apply_row(row, operands, scratch)
+
+    _for_each_chunk(combine, list(zip(theta, *buffers.values(), strict=True)))
 
 
 @torch.no_grad()
 def exchange(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> None:
     """Exchanges the values of two lists of tensors that agree in shape, dtype and device, bit for bit."""
-    scratch = _Scratch()
-    for pair in zip(left, right, strict=True):
-        for a, b in _aligned_chunks(pair):
-            a_values = scratch.take('exchange', a).copy_(a)
-            a.copy_(b)
-            b.copy_(a_values)
+
+    def trade(chunks: _Chunks, scratch: _Scratch) -> None:
+        a, b = chunks
+        a_values = scratch.take('exchange', a).copy_(a)
+        a.copy_(b)
+        b.copy_(a_values)
+
+    _for_each_chunk(trade, list(zip(left, right, strict=True)))
 
 
 @torch.no_grad()
 def distance(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
     """Returns the Euclidean distance between two lists of tensors of the same shapes, in the weights' unit."""
-    scratch = _Scratch()
-    squares = []
-    for pair in zip(left, right, strict=True):
-        for a, b in _aligned_chunks(pair):
-            difference = scratch.take('(difference)', b)
-            torch.sub(scratch.like(b, a, 'left'), b, out=difference)
-            squares.append(torch.linalg.vector_norm(difference).float().square())
+
+    def square(chunks: _Chunks, scratch: _Scratch) -> torch.Tensor:
+        a, b = chunks
+        difference = torch.sub(scratch.like(b, a, 'left'), b, out=scratch.take('(difference)', b))
+        return torch.linalg.vector_norm(difference).float().square()
+
+    squares = _for_each_chunk(square, list(zip(left, right, strict=True)))
     return math.sqrt(sum(torch.stack(squares).tolist())) if squares else 0.0
 
 
@@ -77,8 +87,14 @@ def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
     One read of the values: a sum is finite unless a value is not (or the sum overflows, so a suspect is looked at
     closely). It has to come before an update and not ride on it, or the chunks before the bad one would be updated.
     """
-    sums = [tensor.sum(dtype=_sum_dtype(tensor)) for tensor in tensors]
-    suspects = [i for i, value in enumerate(_to_host(sums)) if not cmath.isfinite(value)]
+
+    def add_up(chunks: _Chunks, scratch: _Scratch) -> torch.Tensor:
+        (chunk,) = chunks
+        return chunk.sum(dtype=_sum_dtype(chunk))
+
+    sums = _to_host(_for_each_chunk(add_up, [(tensor,) for tensor in tensors]))
+    owners = (i for i, tensor in enumerate(tensors) for _ in _aligned_chunks((tensor,)))
+    suspects = dict.fromkeys(i for i, value in zip(owners, sums, strict=True) if not cmath.isfinite(value))
     return next((i for i in suspects if not _is_finite(tensors[i])), None)
 
 
@@ -111,6 +127,22 @@ class _Scratch:
         if operand.dtype == target.dtype and operand.device == target.device:
             return operand
         return self.take(role, target).copy_(operand)
+
+
+def _for_each_chunk(function: Callable[[_Chunks, _Scratch], Result], tuples: Sequence[_Chunks]) -> list[Result]:
+    """Calls a function with every chunk of tuples of tensors of one shape, and returns the results in order."""
+    chunks = itertools.chain.from_iterable(map(_aligned_chunks, tuples))
+    if not all(tensor.device.type == 'cpu' for tensors in tuples for tensor in tensors):
+        # The stream that an accelerator's work goes to is this thread's.
+        scratch = _Scratch()
+        return [function(chunk, scratch) for chunk in chunks]
+    size = sum(tensors[0].numel() for tensors in tuples)
+
+    def make_worker() -> Callable[[_Chunks], Result]:
+        scratch = _Scratch()
+        return lambda chunk: function(chunk, scratch)
+
+    return share_out(make_worker, chunks, most=size // (_CHUNKS_A_THREAD * _CPU_CHUNK))
 
 
 def _apply_row(row: Row, operands: Mapping[str, torch.Tensor], scratch: _Scratch) -> None:
