@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / 'benchmarks'))
 
 from benchmarks import memory, startup, training, update
 from benchmarks.measuring import Weights, gpt2_shapes, in_fresh_process, markdown, median_ratio, quartiles
+from benchmarks.paste_tables import paste
 from benchmarks.peers import ALPHA, BETA, OURS, Method, others
 
 
@@ -109,6 +110,15 @@ def test_startup_is_told_beside_the_bare_interpreter():
         }
     )
     assert cells(table) == [['`python -c pass`', '0.200', '0.000', 'no'], ['`import torch`', '2.000', '1.800', 'yes']]
+
+
+def test_tables_are_pasted_between_their_marks(tmp_path):
+    (tmp_path / 'a.md').write_text('new \\1\n\n')
+    page = 'x\n<!-- table a -->\nold\n<!-- end -->\n<!-- table b -->\nkept\n<!-- end -->\n'
+    text, pasted = paste(page, tmp_path)
+    assert text == 'x\n<!-- table a -->\nnew \\1\n<!-- end -->\n<!-- table b -->\nkept\n<!-- end -->\n'
+    assert pasted == ['a']
+    assert paste(text, tmp_path) == (text, ['a'])
 
 
 @pytest.mark.parametrize('method', [*OURS, *others()], ids=lambda method: method.name)
