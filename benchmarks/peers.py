@@ -98,10 +98,11 @@ def keep_averaged_model(model: torch.nn.Module, **function: Any) -> Kept:
 
 
 def keep_diffusers(model: torch.nn.Module) -> Kept:
-    """The EMA of diffusers."""
+    """The EMA of diffusers, without its warmup. Its first update copies."""
     from diffusers.training_utils import EMAModel
 
-    ema = EMAModel(model.parameters(), decay=1 - BETA)
+    ema = EMAModel(model.parameters(), decay=1 - BETA, min_decay=1 - BETA)
+    ema.step(model.parameters())
 
     def swap_in() -> None:
         ema.store(model.parameters())
