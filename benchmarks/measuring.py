@@ -80,6 +80,12 @@ def num_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def available_memory() -> int:
+    """The bytes that the system can give without taking any from somebody."""
+    lines = Path('/proc/meminfo').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith('MemAvailable:')) * 1024
+
+
 def in_fresh_process(
     function: Callable[..., Result], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> Result:

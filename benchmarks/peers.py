@@ -55,11 +55,13 @@ class Method:
         name: What tables call it.
         kind: What it computes.
         keep: Starts an average of a model's weights.
+        copies: The most copies of the model that there are of it during an update.
     """
 
     name: str
     kind: Kind
     keep: Callable[[torch.nn.Module], Kept]
+    copies: int = 3
 
 
 def ours(name: str, rule: Rule, kind: Kind, nonfinite: NonFinite = 'raise', **settings: Any) -> Method:
@@ -188,5 +190,5 @@ def others() -> list[Method]:
         ),
         *([Method('diffusers EMAModel', 'ema', keep_diffusers)] if has_diffusers else []),
         Method('TRL BEMACallback', 'bema', keep_trls),
-        Method("the paper's reference", 'bema', keep_references),
+        Method("the paper's reference", 'bema', keep_references, copies=5),
     ]

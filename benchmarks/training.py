@@ -74,7 +74,11 @@ CASES = {'quickstart': Case(1, 50, None), '25m': Case(8, 10, LLAMA_25M)}
 
 
 class Stopwatch(Callback):
-    """Takes the seconds from the first batch of a fit to the end of its last step."""
+    """Takes the seconds from the first batch of a fit to the end of its last step.
+
+    Algorithms come before callbacks at BATCH_END, so that an update is part of it. A callback that had something to do
+    at BATCH_CHECKPOINT would be taken for one that saves, and get the average into the model at every step.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -89,7 +93,7 @@ class Stopwatch(Callback):
         if self._start is None:
             self._start = time.perf_counter()
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+    def batch_end(self, state: State, logger: Logger) -> None:
         del state, logger
         assert self._start is not None, 'a step has begun'
         self.seconds = time.perf_counter() - self._start

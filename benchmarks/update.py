@@ -28,6 +28,7 @@ from measuring import (
     DTYPES,
     MODELS,
     Row,
+    available_memory,
     busy_process,
     in_fresh_process,
     make_weights,
@@ -92,6 +93,9 @@ def measure(model_name: str, dtype: str, repeats: int) -> list[Row]:
     copying.seconds_a_byte()
     rows: list[Row] = [{'method': 'triad', 'action': 'triad', 'seconds a byte': [copying.triad()]}]
     for method in [*OURS, *others()]:
+        if method.copies * FP32 * num_parameters(model) > available_memory():
+            print(f'{model_name} {dtype}: too little memory for {method.name}', file=sys.stderr)
+            continue
         kept = method.keep(model)
         # The guard has no part in a swap.
         with_swaps = 'no guard' not in method.name
@@ -131,7 +135,10 @@ def table(results: dict[str, list[Row]]) -> str:
         results: The rows of :func:`measure` by condition.
     """
     rows: list[Row] = []
+    common = set.intersection(*({row['method'] for row in measured} for measured in results.values()))
     for first in next(iter(results.values()))[1:]:
+        if first['method'] not in common:
+            continue
         action = '' if first['action'] == 'update' else f', {first["action"]}'
         line: Row = {'': f'{first["method"]}{action}'}
         for condition, measured in results.items():
