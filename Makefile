@@ -30,7 +30,7 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline bench-offload bench-update-gpu test test-kills test-docs-slow test-trl test-llmfoundry test-core package test-package lint docs format hooks clean
+.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline bench-offload bench-update bench-update-gpu bench-memory bench-training bench-startup test test-kills test-docs-slow test-trl test-llmfoundry test-core package test-package lint docs format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -60,6 +60,20 @@ evidence-digits: $(INSTALLED)  ## The same on a classifier with BatchNorm: docs/
 
 bench-offline: $(INSTALLED)  ## Measure averaging ten checkpoints offline: the table of docs/offline.md, 10 GB of disk
 	$(VENV)/bin/python benchmarks/offline.py
+
+bench-update: $(INSTALLED)  ## Measure updates and swaps, ours and others': docs/performance.md, 18 GB of memory
+	$(VENV)/bin/python benchmarks/update.py --model 124m
+	$(VENV)/bin/python benchmarks/update.py --model adapters --dtype bf16
+	$(VENV)/bin/python benchmarks/update.py --model 1b --repeats 3
+
+bench-memory: $(INSTALLED)  ## Measure the memory of averages, ours and others': docs/performance.md
+	$(VENV)/bin/python benchmarks/memory.py
+
+bench-training: $(INSTALLED)  ## Measure what averages cost a training run: docs/performance.md
+	$(VENV)/bin/python benchmarks/training.py
+
+bench-startup: $(INSTALLED)  ## Measure how long the command line takes to start: docs/performance.md
+	$(VENV)/bin/python benchmarks/startup.py
 
 bench-offload: $(INSTALLED)  ## Measure what an average in host memory costs a model on a GPU: needs one, 40 GB of its memory
 	$(VENV)/bin/python benchmarks/offload.py

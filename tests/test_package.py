@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import composer_bema
+from composer_bema import cli
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'composer_bema'
@@ -82,8 +83,10 @@ def test_the_core_works_where_composer_is_not_installed(code: str):
     assert not any(name.startswith('composer_bema.algorithms') for name in modules)
 
 
-def test_the_help_of_the_command_line_does_not_import_torch():
-    code = "from composer_bema.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert not e.code"
+@pytest.mark.parametrize('command', [None, *cli.main.commands])
+def test_the_help_of_the_command_line_does_not_import_torch(command: str | None):
+    arguments = ['--help'] if command is None else [command, '--help']
+    code = f'from composer_bema.cli import main\ntry: main({arguments})\nexcept SystemExit as e: assert not e.code'
     modules = modules_after(code)
     assert not modules & {'torch', 'composer', 'transformers'}
 

@@ -4,9 +4,10 @@
 """How a `LinearStep` meets memory: lists of tensors combined in place, in one pass.
 
 Floating-point tensors on an accelerator go all at once: through the kernels of :mod:`.fused` or, where Triton does not
-work, through torch's `_foreach` functions in batches. All others go chunk by chunk. A chunk is small enough that the
-operands of all rows of a step stay in cache, so that an update costs its memory traffic, and no temporary is larger
-than a chunk. Operands of another dtype or device than the target's are converted chunk by chunk on the way.
+work, through torch's `_foreach` functions in batches, as small ones in host memory do. All others go chunk by chunk. A
+chunk is small enough that the operands of all rows of a step stay in cache, so that an update costs its memory traffic,
+and no temporary is larger than a chunk. Operands of another dtype or device than the target's are converted chunk by
+chunk on the way. What is in host memory is shared out among threads.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Optional
+from typing import Optional, TypeVar
 
 import torch
 
 from composer_bema.averaging import foreach
 from composer_bema.averaging.rules import THETA, Difference, Lerp, LinearStep, Row
+from composer_bema.averaging.threads import share_out
 
 __all__ = ['apply_step', 'distance', 'exchange', 'exchange_groups', 'first_nonfinite', 'is_exact_in']
 
@@ -33,12 +35,19 @@ _CPU_CHUNK = 256 * 1024
 _ACCELERATOR_CHUNK = 16 * 1024 * 1024
 # Elements a batch of `_foreach`, whose temporaries are as large as its operands.
 _BATCH = 4 * _ACCELERATOR_CHUNK
+# Elements below which calling an operation takes longer than doing it; tensors in host memory then go in batches, too.
+_SMALL = 16 * 1024
+# A thread takes about as long to start as one chunk does.
+_CHUNKS_A_THREAD = 4
 
 # Where all tensors can go at once, and of which dtypes.
 _ACCELERATORS = ('cuda',)
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Tensors of one shape, or chunks of them that have the same elements.
 _Operands = tuple[torch.Tensor, ...]
+Piece = TypeVar('Piece')
+Result = TypeVar('Result')
 
 
 @torch.no_grad()
@@ -57,14 +66,19 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
     if at_once and (fused := _fused()):
         fused.apply_rows(step.rows, names, [tuples[i] for i in at_once])
     else:
-        for batch in _batches([tuples[i] for i in at_once]):
+        for batch in _batches([tuples[i] for i in at_once], _BATCH, smallest_alone=_BATCH):
             foreach.apply_rows(step.rows, dict(zip(names, zip(*batch, strict=True), strict=True)))
-    scratch = _Scratch()
-    for i in others:
-        for chunks in _aligned_chunks(tuples[i]):
-            operands = dict(zip(names, chunks, strict=True))
-            for row in step.rows:
-                _apply_row(row, operands, scratch)
+
+    def combine(batch: list[_Operands], scratch: _Scratch) -> None:
+        if len(batch) > 1:
+            foreach.apply_rows(step.rows, dict(zip(names, zip(*batch, strict=True), strict=True)))
+            return
+        operands = dict(zip(names, batch[0], strict=True))
+        for row in step.rows:
+            _apply_row(row, operands, scratch)
+
+    remaining = [tuples[i] for i in others]
+    _share_out(combine, _batches(remaining, _CPU_CHUNK, smallest_alone=_SMALL), remaining)
 
 
 @torch.no_grad()
@@ -74,12 +88,14 @@ def exchange(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> Non
     fused, at_once, others = _split_exchange(pairs)
     if fused:
         fused.exchange([pairs[i] for i in at_once])
-    scratch = _Scratch()
-    for i in others:
-        for a, b in _aligned_chunks(pairs[i]):
-            a_values = scratch.take('exchange', a).copy_(a)
-            a.copy_(b)
-            b.copy_(a_values)
+
+    def trade(chunks: _Operands, scratch: _Scratch) -> None:
+        a, b = chunks
+        a_values = scratch.take('exchange', a).copy_(a)
+        a.copy_(b)
+        b.copy_(a_values)
+
+    _for_each_chunk(trade, [pairs[i] for i in others])
 
 
 def exchange_groups(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -99,13 +115,13 @@ def exchange_groups(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor])
 @torch.no_grad()
 def distance(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
     """Returns the Euclidean distance between two lists of tensors of the same shapes, in the weights' unit."""
-    scratch = _Scratch()
-    squares = []
-    for pair in zip(left, right, strict=True):
-        for a, b in _aligned_chunks(pair):
-            difference = scratch.take('(difference)', b)
-            torch.sub(scratch.like(b, a, 'left'), b, out=difference)
-            squares.append(torch.linalg.vector_norm(difference).float().square())
+
+    def square(chunks: _Operands, scratch: _Scratch) -> torch.Tensor:
+        a, b = chunks
+        difference = torch.sub(scratch.like(b, a, 'left'), b, out=scratch.take('(difference)', b))
+        return torch.linalg.vector_norm(difference).float().square()
+
+    squares = _for_each_chunk(square, list(zip(left, right, strict=True)))
     return math.sqrt(sum(torch.stack(squares).tolist())) if squares else 0.0
 
 
@@ -123,8 +139,14 @@ def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
         bad += [] if first is None else [at_once[first]]
     else:
         others = range(len(tensors))
-    sums = [tensors[i].sum(dtype=_sum_dtype(tensors[i])) for i in others]
-    suspects = [i for i, value in zip(others, _to_host(sums), strict=True) if not cmath.isfinite(value)]
+
+    def add_up(chunks: _Operands, scratch: _Scratch) -> torch.Tensor:
+        (chunk,) = chunks
+        return chunk.sum(dtype=_sum_dtype(chunk))
+
+    sums = _to_host(_for_each_chunk(add_up, [(tensors[i],) for i in others]))
+    owners = (i for i in others for _ in _aligned_chunks((tensors[i],)))
+    suspects = dict.fromkeys(i for i, value in zip(owners, sums, strict=True) if not cmath.isfinite(value))
     bad += next(([i] for i in suspects if not _is_finite(tensors[i])), [])
     return min(bad, default=None)
 
@@ -201,18 +223,27 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _batches(tuples: Iterable[_Operands]) -> Iterator[list[_Operands]]:
-    """Cuts tensors into lists of chunks that agree in dtypes and device, of no more elements than a batch has."""
+def _batches(tuples: Iterable[_Operands], most: int, smallest_alone: int) -> Iterator[list[_Operands]]:
+    """Cuts tensors into chunks, and puts these into lists that agree in dtypes and device.
+
+    Args:
+        tuples (Iterable[tuple[torch.Tensor, ...]]): The operands of each tensor.
+        most (int): The elements of a list.
+        smallest_alone (int): The elements from which on a chunk is a list of its own. So is one of several devices.
+    """
     batches: dict[tuple, list[_Operands]] = {}
     elements: dict[tuple, int] = {}
-    for tensors in tuples:
-        for chunks in _aligned_chunks(tensors):
-            key = (chunks[0].device, *(chunk.dtype for chunk in chunks))
-            if elements.get(key, 0) + chunks[0].numel() > _BATCH and key in batches:
-                yield batches.pop(key)
-                elements[key] = 0
-            batches.setdefault(key, []).append(chunks)
-            elements[key] = elements.get(key, 0) + chunks[0].numel()
+    for chunks in itertools.chain.from_iterable(map(_aligned_chunks, tuples)):
+        count, device = chunks[0].numel(), chunks[0].device
+        if count >= smallest_alone or any(chunk.device != device for chunk in chunks):
+            yield [chunks]
+            continue
+        key = (device, *(chunk.dtype for chunk in chunks))
+        if elements.get(key, 0) + count > most and key in batches:
+            yield batches.pop(key)
+            elements[key] = 0
+        batches.setdefault(key, []).append(chunks)
+        elements[key] = elements.get(key, 0) + count
     yield from batches.values()
 
 
@@ -239,6 +270,28 @@ class _Scratch:
         if operand.dtype == target.dtype and operand.device == target.device:
             return operand
         return self.take(role, target).copy_(operand)
+
+
+def _for_each_chunk(function: Callable[[_Operands, _Scratch], Result], tuples: Sequence[_Operands]) -> list[Result]:
+    """Calls a function with every chunk of tuples of tensors of one shape, and returns the results in order."""
+    return _share_out(function, itertools.chain.from_iterable(map(_aligned_chunks, tuples)), tuples)
+
+
+def _share_out(
+    function: Callable[[Piece, _Scratch], Result], pieces: Iterable[Piece], tuples: Sequence[_Operands]
+) -> list[Result]:
+    """Calls a function with every piece of tuples of tensors, on several threads where they are in host memory."""
+    if not all(tensor.device.type == 'cpu' for tensors in tuples for tensor in tensors):
+        # The stream that an accelerator's work goes to is this thread's.
+        scratch = _Scratch()
+        return [function(piece, scratch) for piece in pieces]
+    size = sum(tensors[0].numel() for tensors in tuples)
+
+    def make_worker() -> Callable[[Piece], Result]:
+        scratch = _Scratch()
+        return lambda piece: function(piece, scratch)
+
+    return share_out(make_worker, pieces, most=size // (_CHUNKS_A_THREAD * _CPU_CHUNK))
 
 
 def _apply_row(row: Row, operands: Mapping[str, torch.Tensor], scratch: _Scratch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from composer_bema.averaging import kernels
+from composer_bema.averaging import kernels, threads
 from composer_bema.averaging.rules import Difference, Lerp, LinearStep
 from tests.averaging.reference import apply_rows
 
@@ -242,6 +242,15 @@ def test_one_bad_value_anywhere_is_found(dtype, bad):
     assert kernels.first_nonfinite(tensors) == 1
 
 
+@pytest.mark.usefixtures('small_chunks')
+def test_a_bad_value_is_found_in_any_chunk():
+    tensors = [torch.zeros(shape) for shape in (3 * CHUNK + 5, 0, 1, 2 * CHUNK)]
+    tensors[3][-1] = math.nan
+    assert kernels.first_nonfinite(tensors) == 3
+    tensors[0][2 * CHUNK] = math.inf
+    assert kernels.first_nonfinite(tensors) == 0
+
+
 def test_infinities_of_both_signs_do_not_cancel():
     assert kernels.first_nonfinite([torch.tensor([math.inf, -math.inf])]) == 0
 
@@ -309,6 +318,12 @@ def test_a_nan_is_not_exact():
     assert not kernels.is_exact_in(torch.tensor([1.0, math.nan]), torch.bfloat16)
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps all work on this thread, the only one that a dispatch mode sees."""
+    monkeypatch.setattr(threads, '_MOST_THREADS', 1)
+
+
 class LargestAllocation(TorchDispatchMode):
     """Watches for the largest tensor that an operation returns in memory of its own."""
 
@@ -351,7 +366,7 @@ def largest_temporary(name: str, shape: Sequence[int], layout: str) -> int:
     return watch.numel
 
 
-@pytest.mark.usefixtures('small_chunks')
+@pytest.mark.usefixtures('small_chunks', 'one_thread')
 @pytest.mark.parametrize('layout', ['contiguous', 'gaps'])
 @pytest.mark.parametrize('name', PASSES)
 def test_no_temporary_is_larger_than_a_chunk(name, layout):
@@ -359,7 +374,7 @@ def test_no_temporary_is_larger_than_a_chunk(name, layout):
     assert largest_temporary(name, (20, 50), layout) <= CHUNK
 
 
-@pytest.mark.usefixtures('small_chunks')
+@pytest.mark.usefixtures('small_chunks', 'one_thread')
 @pytest.mark.parametrize('shape', [(1, 1000), (2, 10, 50), (1, 1, 3, 100), (5, 100)])
 @pytest.mark.parametrize('name', PASSES)
 def test_no_temporary_is_larger_than_a_chunk_however_few_slices_there_are(name, shape):
