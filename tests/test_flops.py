@@ -51,6 +51,7 @@ CONFIGS = {
     'mixtral': {**LLAMA, 'num_local_experts': 4, 'num_experts_per_tok': 2},
     'qwen2_moe': {**QWEN_MOE, 'shared_expert_intermediate_size': 28},
     'qwen3_moe': {**QWEN_MOE, 'head_dim': 10},
+    'mpt': {'d_model': 24, 'n_layers': 2, 'n_heads': 4, 'vocab_size': 50, 'max_seq_len': 32},
 }
 LENGTH = 16
 
@@ -176,7 +177,7 @@ def test_flops_are_those_that_torch_counts_in_the_model(name):
         # The gate is a matrix product, and not 3 FLOPs for each expert.
         'gate': 2 * LENGTH * gates - 3 * LENGTH * a.num_experts * a.num_hidden_layers,
         # The angles are products of positions and frequencies, once for all layers.
-        'rotation': 0 if 'gpt2' in name else LENGTH * a.attention_width // a.num_attention_heads,
+        'rotation': 0 if name.startswith(('gpt2', 'mpt')) else LENGTH * a.attention_width // a.num_attention_heads,
     }
     assert counter.get_total_flops() == forward_flops(a, LENGTH) + sum(of_torch.values())
 
@@ -260,7 +261,12 @@ def test_a_length_that_is_wrong(length):
         ({'model_type': 'qwen3', **LLAMA}, "'qwen3'.* does not say its head_dim"),
         ({'model_type': 'mistral', **SIZES, 'intermediate_size': 20}, 'does not say its num_key_value_heads'),
         ({'model_type': 'gpt2', **LLAMA}, 'does not say its n_embd'),
+        ({'model_type': 'mpt', **LLAMA}, 'does not say its d_model'),
         ({'model_type': 'llama', **LLAMA, 'vocab_size': None}, 'vocab_size must be a positive whole number, not None'),
+        (
+            {'model_type': 'mpt', **CONFIGS['mpt'], 'ffn_config': {'ffn_type': 'mb_moe'}},
+            "with ffn_type mptmlp or mptglu: this one's is 'mb_moe', and its block_overrides are None.",
+        ),
         (
             {'model_type': 'qwen2_moe', **CONFIGS['qwen2_moe'], 'decoder_sparse_step': 2},
             r'Some layers have experts and some have none \(decoder_sparse_step=2, mlp_only_layers=\[\]\)',
@@ -274,6 +280,21 @@ def test_a_length_that_is_wrong(length):
 def test_configurations_that_cannot_be_counted(config, sentence):
     with pytest.raises(ValueError, match=sentence):
         architecture_of(config)
+
+
+@pytest.mark.parametrize(
+    ('sections', 'expected'),
+    [
+        ({}, {'intermediate_size': 96, 'gated_mlp': False, 'num_key_value_heads': None}),
+        ({'expansion_ratio': 2}, {'intermediate_size': 48}),
+        ({'ffn_config': {'ffn_type': 'mptglu', 'ffn_hidden_size': 20}}, {'intermediate_size': 20, 'gated_mlp': True}),
+        ({'attn_config': {'attn_type': 'multiquery_attention'}}, {'num_key_value_heads': 1}),
+        ({'attn_config': {'attn_type': 'grouped_query_attention', 'kv_n_heads': 2}}, {'num_key_value_heads': 2}),
+    ],
+)
+def test_the_sections_of_an_mpt(sections, expected):
+    architecture = architecture_of({'model_type': 'mpt', **CONFIGS['mpt'], **sections})
+    assert {name: getattr(architecture, name) for name in expected} == expected
 
 
 def test_files_that_are_no_configurations(tmp_path):
