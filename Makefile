@@ -5,24 +5,31 @@
 #   make test PYTHON=python3.12              another Python for the environment (read when .venv is made)
 #   make test PYTEST_ARGS='-k decay -x'      arguments for pytest
 #   make test-kills KILLS_SEED=1             other moments
+#   make test VENV=.venv-lowest UV_RESOLUTION=lowest-direct      the oldest versions that setup.py admits
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 KILLS ?= 24
 TRL_VENV ?= .venv-trl
+LLMFOUNDRY_VENV ?= .venv-llmfoundry
+CORE_VENV ?= .venv-core
+CORE_PYTHON ?= $(VENV)/bin/python
+TORCH ?= torch
+PACKAGE_VENV ?= .venv-package
 
 UV := $(VENV)/uv/bin/uv
 INSTALLED := $(VENV)/.installed
 LINTERS := $(VENV)/.linters
 TRL_INSTALLED := $(TRL_VENV)/.installed
+LLMFOUNDRY_INSTALLED := $(LLMFOUNDRY_VENV)/.installed
 
 # uv then trusts the certificates that the system trusts, as pip does: behind a company's proxy it could fetch nothing.
 export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline test test-kills test-trl lint format hooks clean
+.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline test test-kills test-trl test-llmfoundry test-core package test-package lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -62,6 +69,28 @@ test-kills: $(INSTALLED)  ## Kill each of the runs of tests/distributed/test_kil
 test-trl: $(INSTALLED) $(TRL_INSTALLED)  ## Hold DPO against TRL's own trainer, which gets the environment .venv-trl, of several GB
 	TRL_PYTHON=$(TRL_VENV)/bin/python $(VENV)/bin/python -m pytest tests/preference/test_trl.py $(PYTEST_ARGS)
 
+test-llmfoundry: $(INSTALLED) $(LLMFOUNDRY_INSTALLED)  ## Train with llm-foundry's command, in its environment .venv-llmfoundry, of several GB
+	LLMFOUNDRY_PYTHON=$(LLMFOUNDRY_VENV)/bin/python $(VENV)/bin/python -m pytest tests/llmfoundry $(PYTEST_ARGS)
+
+test-core: $(UV)  ## Test the averages with torch alone, the newest or TORCH=torch==2.9.1, in .venv-core: no Composer
+	$(UV) venv --quiet --clear --python $(CORE_PYTHON) $(CORE_VENV)
+	$(UV) pip install --quiet --python $(CORE_VENV)/bin/python '$(TORCH)' numpy 'pytest>=9,<10' 'hypothesis>=6.100,<7'
+	$(CORE_VENV)/bin/python -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)'
+	$(CORE_VENV)/bin/python -m pytest tests/averaging tests/test_functional.py $(PYTEST_ARGS)
+
+package: $(UV)  ## Build the source distribution and, from it, the wheel: dist/
+	rm -rf dist
+	$(UV) build --quiet --python $(VENV)/bin/python --out-dir dist
+
+# The extras are resolved, not installed: what comes with them is tested elsewhere.
+test-package: $(INSTALLED) package  ## Install the wheel into .venv-package, an empty environment, and try it there
+	$(UV) venv --quiet --clear --python $(VENV)/bin/python $(PACKAGE_VENV)
+	$(UV) pip install --quiet --python $(PACKAGE_VENV)/bin/python dist/*.whl
+	for extras in eval,peft,trl eval,peft,llmfoundry; do \
+	    $(UV) pip install --quiet --dry-run --python $(PACKAGE_VENV)/bin/python "$$(echo dist/*.whl)[$$extras]" || exit 1; \
+	done
+	PACKAGE_PYTHON=$(PACKAGE_VENV)/bin/python $(VENV)/bin/python -m pytest tests/test_built_package.py $(PYTEST_ARGS)
+
 lint: $(LINTERS)  ## Check style, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -74,8 +103,8 @@ format: $(LINTERS)  ## Rewrite the code as `make lint` wants it
 hooks: $(LINTERS)  ## Run the linters before each git commit
 	$(VENV)/bin/pre-commit install
 
-clean:  ## Remove .venv, .venv-trl and the caches of the tools
-	rm -rf $(VENV) $(TRL_VENV) .pytest_cache .ruff_cache .hypothesis build composer_bema.egg-info
+clean:  ## Remove the environments and the caches of the tools
+	rm -rf $(VENV) $(TRL_VENV) $(LLMFOUNDRY_VENV) $(CORE_VENV) $(PACKAGE_VENV) dist .pytest_cache .ruff_cache .hypothesis build composer_bema.egg-info
 
 # The environment has no pip of its own, since Debian's Python cannot put one there without a further package; the pip of
 # $(PYTHON) fetches uv instead. uv resolves Composer's dependencies in seconds, where pip takes more than ten minutes.
@@ -112,4 +141,10 @@ $(TRL_INSTALLED): Makefile | $(UV)
 	$(UV) venv --clear --python $(VENV)/bin/python $(TRL_VENV)
 	$(UV) pip install --python $(TRL_VENV)/bin/python \
 	    'trl==1.16.*' 'transformers==5.24.0' 'accelerate==1.15.0' 'datasets==5.2.0' 'torch==2.7.0'
+	@touch $@
+
+# llm-foundry's bounds are narrower than the package's, and the tests need no more of it than its commands.
+$(LLMFOUNDRY_INSTALLED): setup.py composer_bema/version.py | $(UV)
+	$(UV) venv --clear --python $(VENV)/bin/python $(LLMFOUNDRY_VENV)
+	$(UV) pip install --python $(LLMFOUNDRY_VENV)/bin/python --editable '.[llmfoundry]'
 	@touch $@
