@@ -213,14 +213,6 @@ _GPT2 = {
     'num_attention_heads': 'n_head',
     'vocab_size': 'vocab_size',
 }
-_MPT = {
-    'hidden_size': 'd_model',
-    'intermediate_size': 'ffn_hidden_size',
-    'num_hidden_layers': 'n_layers',
-    'num_attention_heads': 'n_heads',
-    'num_key_value_heads': 'kv_n_heads',
-    'vocab_size': 'vocab_size',
-}
 _MODEL_TYPES = {
     'llama': _ModelType(_LLAMA, derived=('head_dim', 'num_key_value_heads')),
     'mistral': _ModelType(_LLAMA),
@@ -228,11 +220,22 @@ _MODEL_TYPES = {
     'qwen3': _ModelType(_LLAMA, derived=()),
     'gpt2': _ModelType(_GPT2, derived=('n_inner',), gated_mlp=False, tie_word_embeddings=True),
     'gpt_neox': _ModelType(_BASE, gated_mlp=False),
-    'mpt': _ModelType(_MPT, derived=('ffn_hidden_size', 'kv_n_heads'), gated_mlp=False, tie_word_embeddings=True),
     'mixtral': _ModelType({**_LLAMA, 'num_experts': 'num_local_experts', 'num_experts_per_tok': 'num_experts_per_tok'}),
     'qwen2_moe': _ModelType({**_QWEN_MOE, 'shared_expert_intermediate_size': 'shared_expert_intermediate_size'}),
     'qwen3_moe': _ModelType(_QWEN_MOE),
+    # Its sizes of heads and MLPs are in sections of their own, see `_flat_mpt`.
+    'mpt': _ModelType(
+        {
+            **_LLAMA,
+            'hidden_size': 'd_model',
+            'num_hidden_layers': 'n_layers',
+            'num_attention_heads': 'n_heads',
+        },
+        derived=('head_dim', 'num_key_value_heads'),
+        tie_word_embeddings=True,
+    ),
 }
+_MPT_MLPS = {'mptmlp': False, 'mptglu': True}
 
 
 def architecture_of(config: Union[Mapping[str, Any], PretrainedConfig]) -> Architecture:
@@ -240,8 +243,8 @@ def architecture_of(config: Union[Mapping[str, Any], PretrainedConfig]) -> Archi
 
     Args:
         config (Mapping | PretrainedConfig): What a ``config.json`` holds, or a configuration of transformers, whose
-            ``model_type`` is ``llama``, ``mistral``, ``qwen2``, ``qwen3``, ``gpt2``, ``gpt_neox``, ``mpt``
-            (llm-foundry's too), ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``.
+            ``model_type`` is ``llama``, ``mistral``, ``qwen2``, ``qwen3``, ``gpt2``, ``gpt_neox``, ``mixtral``,
+            ``qwen2_moe``, ``qwen3_moe``, or ``mpt`` as transformers and llm-foundry have it.
 
     Raises:
         ValueError: If it is of another type, lacks a size, or has layers that differ (some with experts, some without).
@@ -255,6 +258,9 @@ def architecture_of(config: Union[Mapping[str, Any], PretrainedConfig]) -> Archi
             f'({", ".join(_BASE)}, ...).'
         )
     model_type = _MODEL_TYPES[name]
+    if name == 'mpt':
+        values, gated_mlp = _flat_mpt(values)
+        model_type = model_type._replace(gated_mlp=gated_mlp)
     _check_layers_are_alike(values)
     for key in model_type.keys.values():
         if key not in values and key not in model_type.derived:
@@ -262,29 +268,14 @@ def architecture_of(config: Union[Mapping[str, Any], PretrainedConfig]) -> Archi
     sizes: dict[str, Any] = {size: values.get(key) for size, key in model_type.keys.items()}
     if name == 'gpt2' and sizes['intermediate_size'] is None:
         sizes['intermediate_size'] = 4 * values['n_embd']
-    if name == 'mpt':
-        sizes |= _sizes_of_mpt(values)
     is_tied = values.get('tie_word_embeddings', model_type.tie_word_embeddings)
     return Architecture(**sizes, gated_mlp=model_type.gated_mlp, tie_word_embeddings=is_tied)
 
 
-def _sizes_of_mpt(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the sizes that sections of the configuration say, or ratios in it."""
-    attention, mlp = config.get('attn_config') or {}, config.get('ffn_config') or {}
-    kind = mlp.get('ffn_type', 'mptmlp')
-    if kind != 'mptmlp' or config.get('block_overrides'):
-        what = 'block_overrides' if kind == 'mptmlp' else f"the ffn_type '{kind}'"
-        raise ValueError(f'An MPT with {what} is not counted: give the numbers themselves ({", ".join(_BASE)}, ...).')
-    width = mlp.get('ffn_hidden_size') or int(config['d_model'] * config.get('expansion_ratio', 4))
-    sizes: dict[str, Any] = {'intermediate_size': width}
-    heads = {'multiquery_attention': 1, 'grouped_query_attention': attention.get('kv_n_heads')}
-    return sizes | {'num_key_value_heads': heads.get(attention.get('attn_type', ''))}
-
-
 def context_length(config: Mapping[str, Any]) -> Optional[int]:
     """Returns the longest sequence that a configuration provides for, in tokens; None if it does not say."""
-    names = ('max_position_embeddings', 'n_positions', 'max_seq_len')
-    return next((config[name] for name in names if name in config), None)
+    keys = ('max_position_embeddings', 'n_positions', 'max_seq_len')
+    return next((config[key] for key in keys if key in config), None)
 
 
 def read_config(path: Union[str, Path]) -> dict[str, Any]:
@@ -308,6 +299,28 @@ def read_config(path: Union[str, Path]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"'{file}' is no configuration, but {type(config).__name__}: a JSON object was expected.")
     return config
+
+
+def _flat_mpt(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Returns the configuration of an MPT with all sizes at the top, and whether its MLPs have three matrices.
+
+    Raises:
+        ValueError: If it has MLPs of another kind, such as experts, or layers that differ.
+    """
+    attention, mlp = config.get('attn_config') or {}, config.get('ffn_config') or {}
+    kind = mlp.get('ffn_type', 'mptmlp')
+    if kind not in _MPT_MLPS or config.get('block_overrides'):
+        raise ValueError(
+            f"An MPT is counted if its layers are all alike, with ffn_type {' or '.join(_MPT_MLPS)}: this one's is "
+            f'{kind!r}, and its block_overrides are {config.get("block_overrides")!r}.'
+        )
+    heads_of_keys = {'multiquery_attention': 1, 'grouped_query_attention': attention.get('kv_n_heads')}
+    width = int(config.get('expansion_ratio', 4) * config.get('d_model', 0))
+    sizes = {
+        'num_key_value_heads': heads_of_keys.get(attention.get('attn_type', '')),
+        'intermediate_size': mlp.get('ffn_hidden_size') or width,
+    }
+    return {**config, **sizes}, _MPT_MLPS[kind]
 
 
 def _check_layers_are_alike(config: Mapping[str, Any]) -> None:

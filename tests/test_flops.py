@@ -48,10 +48,10 @@ CONFIGS = {
     'gpt2': {'n_embd': 24, 'n_layer': 2, 'n_head': 4, 'vocab_size': 50, 'n_positions': 32},
     'gpt2 with n_inner': {'n_embd': 24, 'n_layer': 2, 'n_head': 4, 'vocab_size': 50, 'n_inner': 20},
     'gpt_neox': {**SIZES, 'intermediate_size': 20, 'rotary_pct': 1.0, 'max_position_embeddings': 32},
-    'mpt': {'d_model': 24, 'n_layers': 2, 'n_heads': 4, 'vocab_size': 50, 'max_seq_len': 32},
     'mixtral': {**LLAMA, 'num_local_experts': 4, 'num_experts_per_tok': 2},
     'qwen2_moe': {**QWEN_MOE, 'shared_expert_intermediate_size': 28},
     'qwen3_moe': {**QWEN_MOE, 'head_dim': 10},
+    'mpt': {'d_model': 24, 'n_layers': 2, 'n_heads': 4, 'vocab_size': 50, 'max_seq_len': 32},
 }
 LENGTH = 16
 
@@ -207,21 +207,6 @@ def test_what_a_short_configuration_leaves_out_is_as_in_transformers(name):
     assert forward_flops(read, LENGTH) == forward_flops(whole, LENGTH)
 
 
-def test_an_mpt_of_llm_foundry_has_sections():
-    mpt = {'model_type': 'mpt', **CONFIGS['mpt'], 'expansion_ratio': 2, 'tie_word_embeddings': False}
-    queries_and_outputs, embeddings = 2 * 24 * 24, 2 * 50 * 24
-
-    def count(attn_config, ffn_config):
-        return parameter_count(architecture_of({**mpt, 'attn_config': attn_config, 'ffn_config': ffn_config}))
-
-    all_heads = count({'attn_type': 'multihead_attention', 'kv_n_heads': None}, {'ffn_type': 'mptmlp'})
-    assert all_heads == embeddings + 2 * (queries_and_outputs + 2 * 24 * 24 + 2 * 24 * 48)
-    some = count({'attn_type': 'grouped_query_attention', 'kv_n_heads': 2}, {'ffn_type': 'mptmlp'})
-    assert some == embeddings + 2 * (queries_and_outputs + 2 * 24 * 12 + 2 * 24 * 48)
-    one = count({'attn_type': 'multiquery_attention'}, {'ffn_hidden_size': 10})
-    assert one == embeddings + 2 * (queries_and_outputs + 2 * 24 * 6 + 2 * 24 * 10)
-
-
 @given(architectures, st.integers(1, 50), st.integers(1, 10**12))
 def test_counts_are_exact_and_of_equal_tokens(architecture, length, tokens):
     forward = forward_flops(architecture, length)
@@ -276,12 +261,12 @@ def test_a_length_that_is_wrong(length):
         ({'model_type': 'qwen3', **LLAMA}, "'qwen3'.* does not say its head_dim"),
         ({'model_type': 'mistral', **SIZES, 'intermediate_size': 20}, 'does not say its num_key_value_heads'),
         ({'model_type': 'gpt2', **LLAMA}, 'does not say its n_embd'),
-        ({'model_type': 'mpt', **CONFIGS['mpt'], 'ffn_config': {'ffn_type': 'mptglu'}}, "the ffn_type 'mptglu' is not"),
-        (
-            {'model_type': 'mpt', **CONFIGS['mpt'], 'block_overrides': {'order': []}},
-            'with block_overrides is not counted',
-        ),
+        ({'model_type': 'mpt', **LLAMA}, 'does not say its d_model'),
         ({'model_type': 'llama', **LLAMA, 'vocab_size': None}, 'vocab_size must be a positive whole number, not None'),
+        (
+            {'model_type': 'mpt', **CONFIGS['mpt'], 'ffn_config': {'ffn_type': 'mb_moe'}},
+            "with ffn_type mptmlp or mptglu: this one's is 'mb_moe', and its block_overrides are None.",
+        ),
         (
             {'model_type': 'qwen2_moe', **CONFIGS['qwen2_moe'], 'decoder_sparse_step': 2},
             r'Some layers have experts and some have none \(decoder_sparse_step=2, mlp_only_layers=\[\]\)',
@@ -295,6 +280,21 @@ def test_a_length_that_is_wrong(length):
 def test_configurations_that_cannot_be_counted(config, sentence):
     with pytest.raises(ValueError, match=sentence):
         architecture_of(config)
+
+
+@pytest.mark.parametrize(
+    ('sections', 'expected'),
+    [
+        ({}, {'intermediate_size': 96, 'gated_mlp': False, 'num_key_value_heads': None}),
+        ({'expansion_ratio': 2}, {'intermediate_size': 48}),
+        ({'ffn_config': {'ffn_type': 'mptglu', 'ffn_hidden_size': 20}}, {'intermediate_size': 20, 'gated_mlp': True}),
+        ({'attn_config': {'attn_type': 'multiquery_attention'}}, {'num_key_value_heads': 1}),
+        ({'attn_config': {'attn_type': 'grouped_query_attention', 'kv_n_heads': 2}}, {'num_key_value_heads': 2}),
+    ],
+)
+def test_the_sections_of_an_mpt(sections, expected):
+    architecture = architecture_of({'model_type': 'mpt', **CONFIGS['mpt'], **sections})
+    assert {name: getattr(architecture, name) for name in expected} == expected
 
 
 def test_files_that_are_no_configurations(tmp_path):

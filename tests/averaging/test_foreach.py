@@ -13,7 +13,7 @@ import torch
 
 from composer_bema.averaging import foreach, kernels
 from composer_bema.averaging.decay import ConstantDecay
-from composer_bema.averaging.rules import BEMA, DEMA, EMA, OUEMA, LinearStep
+from composer_bema.averaging.rules import BEMA, DEMA, EMA, OUEMA, LinearStep, bema_rule
 from composer_bema.averaging.windows import Window
 from tests.averaging.test_kernels import LAYOUTS, LargestAllocation, lay_out
 
@@ -96,10 +96,39 @@ def test_no_temporary_is_larger_than_a_chunk_and_no_batch_than_its_limit(batches
 
 def test_dtypes_do_not_mix_in_a_batch(without_triton):
     tuples = [(torch.zeros(2, dtype=dtype),) for dtype in (torch.float32, torch.float64, torch.float32)]
-    assert [[t.dtype for (t,) in batch] for batch in kernels._batches(tuples)] == [
+    assert [[t.dtype for (t,) in batch] for batch in kernels._batches(tuples, most=64, smallest_alone=64)] == [
         [torch.float32, torch.float32],
         [torch.float64],
     ]
+
+
+def test_a_large_chunk_is_a_batch_of_its_own_and_a_batch_has_an_end(without_triton):
+    tuples = [(torch.zeros(size),) for size in (3, 9, 4, 2, 1)]
+    sizes = [[t.numel() for (t,) in batch] for batch in kernels._batches(tuples, most=7, smallest_alone=8)]
+    assert sizes == [[9], [3, 4], [2, 1]]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+def test_tensors_in_host_memory_are_averaged_alike_alone_and_together(dtype):
+    """Small ones go in batches, and those that are large or alone do not."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = (1, 5, kernels._SMALL - 1, kernels._SMALL, kernels._CPU_CHUNK + 3, 0, 7)
+    theta = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    kept = torch.promote_types(dtype, torch.float32)
+    step = bema_rule().linear_step(10, 1.0, 3)
+
+    def averages(groups):
+        buffers = {name: [t.to(kept, copy=True) for t in theta] for name in ('theta_0', 'ema', 'bema')}
+        for name, factor in (('theta_0', 0.5), ('ema', 0.25)):
+            torch._foreach_mul_(buffers[name], factor)
+        for group in groups:
+            some = {name: [tensors[i] for i in group] for name, tensors in buffers.items()}
+            kernels.apply_step(step, [theta[i] for i in group], some)
+        return buffers['ema'] + buffers['bema']
+
+    together = averages([range(len(sizes))])
+    alone = averages([[i] for i in range(len(sizes))])
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
 def test_a_missing_triton_is_no_error(monkeypatch):

@@ -185,7 +185,7 @@ def save_in_parts(file: Path, folder: Path) -> None:
             entry.update({'training_weights': groups.pop('training_weights'), 'buffers': groups})
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        dcp.save(nest, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        dcp.save(nest, storage_writer=dcp.FileSystemWriter(folder))
 
 
 def in_parts(tensors: dict[str, torch.Tensor], flat: bool = False) -> dict[str, torch.Tensor]:

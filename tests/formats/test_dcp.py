@@ -25,7 +25,7 @@ from tests.formats.runs import InTwo
 @pytest.fixture
 def write(tmp_path):
     def write(nest):
-        dcp.save(nest, storage_writer=dcp.FileSystemWriter(tmp_path / 'x'), no_dist=True)
+        dcp.save(nest, storage_writer=dcp.FileSystemWriter(tmp_path / 'x'))
         return tmp_path / 'x'
 
     return write
@@ -225,7 +225,7 @@ def in_many_parts(tmp_path_factory):
     }
     folder = tmp_path_factory.mktemp('parts')
     nest = {name: saved for name, (saved, _) in cuts.items()}
-    dcp.save(nest, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    dcp.save(nest, storage_writer=dcp.FileSystemWriter(folder))
     return folder, {name: saved if whole is None else whole for name, (saved, whole) in cuts.items()}
 
 

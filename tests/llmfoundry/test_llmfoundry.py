@@ -14,7 +14,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from composer_bema.formats.composer import open_checkpoint
 from composer_bema.training.data.convert import convert_to_mds
 from composer_bema.training.data.python_manual import manual_topics
 from composer_bema.training.tokenizers import build_tokenizer
@@ -40,12 +39,12 @@ FINETUNE = ROOT / 'yamls/llmfoundry/finetune_qwen2.5_1.5b.yaml'
 LOSS_SCRIPT = Path(__file__).with_name('loss_of_folder.py')
 
 BEMA_EVERY_STEP = {'algorithms.bema.update_after': '1ba', 'algorithms.bema.update_freq': '1ba'}
-PRETRAIN_SMALL = {**SMALL, **SMALL_MPT, **BEMA_EVERY_STEP, 'scheduler.t_warmup': '1ba', 'scheduler.t_decay': '4ba'}
+PRETRAIN_SMALL = {**SMALL, **SMALL_MPT, **BEMA_EVERY_STEP, 'scheduler.t_warmup': '1ba', 'scheduler.t_decay': '0.5dur'}
 
 LOSS = 'metrics/eval/{label}/LanguageCrossEntropy'
-RATE = 'lr-DecoupledAdamW/group0'
 OTHER_AVERAGES = ('dema', 'ema', 'lawa', 'ouema', 'swa_window')
 Tensors = Mapping[str, torch.Tensor]
+LAST_STEP = 8
 
 
 @pytest.fixture(scope='module')
@@ -82,9 +81,6 @@ def resumed(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-LAST_STEP = 8
-
-
 def checkpoints_of(folder: Path, recipe: Path = PRETRAIN) -> Path:
     return folder / 'runs' / recipe.stem / 'checkpoints'
 
@@ -98,15 +94,19 @@ def hf_folder_of(folder: Path, step: int, recipe: Path = PRETRAIN) -> Path:
     return folder / 'runs' / recipe.stem / 'hf/huggingface' / f'ba{step}'
 
 
-def weights_in(checkpoint: Path, which: str) -> dict[str, torch.Tensor]:
-    """What ``composer-bema export`` reads: the average, the training weights, or a buffer."""
-    weights = open_checkpoint(checkpoint).weights(which)
-    return {name.removeprefix('model.'): tensor.read() for name, tensor in weights.items()}
+def averages_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of all averages, as it is stored."""
+    return dict(checkpoint['state']['callbacks'])['AveragingCheckpoint']
 
 
-def at(values: Mapping[int, float], step: int) -> float:
-    """A metric at a step; Composer logs it to MLflow only when it changes."""
-    return values[max(logged for logged in values if logged <= step)]
+def model_in(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights, by the names of the Hugging Face model."""
+    return {name.removeprefix('model.'): tensor for name, tensor in checkpoint['state']['model'].items()}
+
+
+def training_weights_in(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    weights = averages_in(checkpoint)['BEMA']['training_weights']
+    return {name.removeprefix('model.'): tensor for name, tensor in weights.items()}
 
 
 def assert_same(tensors: Tensors, others: Tensors) -> None:
@@ -124,19 +124,25 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def test_the_doctor_finds_that_it_goes_together():
+    printed = run_command('composer-bema', 'doctor', folder=ROOT)
+    assert 'llmfoundry_algorithms: bema, dema, ema, lawa, ouema, swa_window\n' in printed
+    assert printed.endswith('\nWhat is installed goes together.\n')
+
+
 @pytest.mark.parametrize('step', [LAST_STEP // 2, LAST_STEP])
 def test_the_hugging_face_folder_holds_the_bema_weights(pretrained: Path, step: int):
-    checkpoint = checkpoint_of(pretrained, step)
+    checkpoint = load_checkpoint(checkpoint_of(pretrained, step))
     saved = load_file(hf_folder_of(pretrained, step) / 'model.safetensors')
-    average, training = weights_in(checkpoint, 'average'), weights_in(checkpoint, 'training')
-    assert open_checkpoint(checkpoint).model_holds == 'BEMA'
+    average, training = model_in(checkpoint), training_weights_in(checkpoint)
+    assert averages_in(checkpoint)['model_holds'] == 'BEMA'
     assert_same(saved, {name: average[name] for name in saved})
     assert not any(torch.equal(saved[name], training[name]) for name in training)
     # EMA_t + alpha_t (theta_t - theta_0), from what is stored and the paper's alpha_t = (rho + t)^-eta.
-    ema, theta_0 = weights_in(checkpoint, 'ema'), weights_in(checkpoint, 'theta_0')
+    buffers = averages_in(checkpoint)['BEMA']['buffers']
     for name, theta in training.items():
-        bema = ema[name] + (10 + step) ** -0.2 * (theta - theta_0[name])
-        torch.testing.assert_close(saved[name], bema, rtol=1e-5, atol=1e-6)
+        ema, theta_0 = (buffers[buffer][f'model.{name}'] for buffer in ('ema', 'theta_0'))
+        torch.testing.assert_close(saved[name], ema + (10 + step) ** -0.2 * (theta - theta_0), rtol=1e-5, atol=1e-6)
 
 
 def test_evaluations_see_the_average_and_the_training_weights_by_their_labels(
@@ -144,7 +150,7 @@ def test_evaluations_see_the_average_and_the_training_weights_by_their_labels(
 ):
     average = hf_folder_of(pretrained, LAST_STEP)
     training = shutil.copytree(average, tmp_path / 'training')
-    weights = weights_in(checkpoint_of(pretrained, LAST_STEP), 'training')
+    weights = training_weights_in(load_checkpoint(checkpoint_of(pretrained, LAST_STEP)))
     save_file(weights, training / 'model.safetensors', metadata={'format': 'pt'})
     printed = run_command('python', '-I', LOSS_SCRIPT, data / 'val', average, training, folder=tmp_path)
     metrics = read_metrics(pretrained)
@@ -157,8 +163,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(pretrained: Path, resumed: Path):
     whole, parts = (load_checkpoint(checkpoint_of(folder, LAST_STEP))['state'] for folder in (pretrained, resumed))
     for key in ('model', 'optimizers', 'schedulers'):
         assert plain(whole[key]) == plain(parts[key])
-    for which in ('average', 'training', 'ema', 'theta_0'):
-        assert_same(*(weights_in(checkpoint_of(folder, LAST_STEP), which) for folder in (pretrained, resumed)))
+    assert plain(averages_in({'state': whole})) == plain(averages_in({'state': parts}))
     assert_same(*(load_file(hf_folder_of(folder, LAST_STEP) / 'model.safetensors') for folder in (pretrained, resumed)))
     for label in ('bema', 'training'):
         name = LOSS.format(label=label)
@@ -171,9 +176,9 @@ def test_the_schedule_and_the_averages_numbers_reach_the_logger(pretrained: Path
     metrics = read_metrics(pretrained)
     assert {'bema/alpha', 'bema/beta', 'bema/num_updates', 'bema/distance'} <= metrics.keys()
     assert any(name.startswith('flops/') for name in metrics)
-    rates = [at(metrics[RATE], step) for step in range(1, LAST_STEP + 1)]
-    # A step of warmup, and a decay over the last four steps.
-    assert rates == pytest.approx([6e-4 * factor for factor in (0, 1, 1, 1, 1, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5)])
+    # Of what stays the same MLflow is told once: a step of warmup, the peak, and 1 - sqrt(u) of it as the decay begins.
+    rates = metrics['lr-DecoupledAdamW/group0']
+    assert list(rates.values()) == pytest.approx([0, 6e-4, *(6e-4 * (1 - u**0.5) for u in (0.25, 0.5, 0.75))])
 
 
 def test_the_other_averages_in_one_run(data: Path, tmp_path: Path):
@@ -194,14 +199,16 @@ def test_the_other_averages_in_one_run(data: Path, tmp_path: Path):
     losses = [metrics[LOSS.format(label=label)][LAST_STEP] for label in ('training', *OTHER_AVERAGES)]
     assert len(set(losses)) == len(losses)
     assert {f'{name.replace("_", "")}/num_updates' for name in OTHER_AVERAGES} <= metrics.keys()
-    assert at(metrics[RATE], 4) > at(metrics[RATE], 5) == at(metrics[RATE], LAST_STEP) == pytest.approx(6e-5)
-    checkpoint = checkpoint_of(tmp_path, LAST_STEP)
-    opened = open_checkpoint(checkpoint)
-    assert set(opened.averages) == {'DEMA', 'EMA', 'LAWA', 'OUEMA', 'SWAWindow'}
+    rates = metrics['lr-DecoupledAdamW/group0']
+    # The cosine from the peak to a tenth of it in three steps, and no change after that.
+    assert list(rates.values()) == pytest.approx([0, 6e-4, 4.65e-4, 1.95e-4, 6e-5])
+    checkpoint = load_checkpoint(checkpoint_of(tmp_path, LAST_STEP))
+    stored = averages_in(checkpoint)
+    assert stored.keys() == {'model_holds', 'DEMA', 'EMA', 'LAWA', 'OUEMA', 'SWAWindow'}
     # With several averages none of them owns the checkpoint, and so neither the Hugging Face folder.
-    assert opened.model_holds == 'training'
+    assert stored['model_holds'] == 'training'
     saved = load_file(hf_folder_of(tmp_path, LAST_STEP) / 'model.safetensors')
-    assert_same(saved, weights_in(checkpoint, 'training'))
+    assert_same(saved, {name: model_in(checkpoint)[name] for name in saved})
 
 
 def test_the_recipe_that_finetunes(tmp_path: Path):
@@ -213,13 +220,11 @@ def test_the_recipe_that_finetunes(tmp_path: Path):
     overrides = {**SMALL, **BEMA_EVERY_STEP, 'variables.data': folder}
     train(FINETUNE, tmp_path, {**overrides, 'model.pretrained_model_name_or_path': TOKENIZER})
 
-    checkpoint = checkpoint_of(tmp_path, LAST_STEP, FINETUNE)
-    assert open_checkpoint(checkpoint).model_holds == 'BEMA'
+    checkpoint = load_checkpoint(checkpoint_of(tmp_path, LAST_STEP, FINETUNE))
+    assert averages_in(checkpoint)['model_holds'] == 'BEMA'
     saved = load_file(hf_folder_of(tmp_path, LAST_STEP, FINETUNE) / 'model.safetensors')
-    average = weights_in(checkpoint, 'average')
-    assert_same(saved, {name: average[name] for name in saved})
-    training = weights_in(checkpoint, 'training')
-    assert not any(torch.equal(saved[name], training[name]) for name in saved)
+    assert_same(saved, {name: model_in(checkpoint)[name] for name in saved})
+    assert not any(torch.equal(saved[name], theta) for name, theta in training_weights_in(checkpoint).items())
     losses = [read_metrics(tmp_path)[LOSS.format(label=label)][LAST_STEP] for label in ('bema', 'training')]
     assert losses[0] != losses[1]
 

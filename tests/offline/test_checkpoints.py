@@ -50,7 +50,7 @@ def save_composer(file, weights, **others):
 def save_in_parts(folder, weights):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        dcp.save(composer_state(weights), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        dcp.save(composer_state(weights), storage_writer=dcp.FileSystemWriter(folder))
     return folder
 
 
@@ -204,7 +204,7 @@ def test_sharded_checkpoints_of_other_trainers(tmp_path):
         nest = {'model': tensors(float(step)), 'optimizer': {'lr': 0.5}}
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            dcp.save(nest, storage_writer=dcp.FileSystemWriter(tmp_path / 'in' / f'step-{step}'), no_dist=True)
+            dcp.save(nest, storage_writer=dcp.FileSystemWriter(tmp_path / 'in' / f'step-{step}'))
     stabilize(tmp_path / 'in', tmp_path / 'out', LAWA)
     written = load_file(tmp_path / 'out' / 'model.safetensors')
     assert (written['b'].tolist(), written['n'].item()) == ([3.0] * 4, 4)

@@ -152,7 +152,7 @@ def save_tuned(folder: Path, sharded: bool) -> str:
     """Saves the weights of another policy as a run without a reference leaves them, and returns their path."""
     state = {'state': {'model': {f'model.{n}': t for n, t in make_policy(seed=11).state_dict().items()}}}
     if sharded:
-        dcp.save(state, checkpoint_id=folder / 'tuned', no_dist=True)
+        dcp.save(state, checkpoint_id=folder / 'tuned')
         return str(folder / 'tuned')
     torch.save(state, folder / 'tuned.pt')
     return str(folder / 'tuned.pt')
