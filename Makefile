@@ -30,7 +30,7 @@ export UV_SYSTEM_CERTS ?= 1
 # pyright is pinned; a note that a newer one exists costs a request and helps nobody.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline bench-offload bench-update bench-update-gpu bench-memory bench-training bench-startup test test-kills test-docs-slow test-trl test-llmfoundry test-core package test-package lint docs format hooks clean
+.PHONY: help install quickstart study cooldowns evidence evidence-theory evidence-language-model evidence-digits bench-offline bench-offload bench-update bench-update-gpu bench-memory bench-training bench-startup bench-tables test test-kills test-docs-slow test-trl test-llmfoundry test-core package test-package lint docs format hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what the targets do
@@ -71,6 +71,9 @@ bench-memory: $(INSTALLED)  ## Measure the memory of averages, ours and others':
 
 bench-training: $(INSTALLED)  ## Measure what averages cost a training run: docs/performance.md
 	$(VENV)/bin/python benchmarks/training.py
+
+bench-tables: $(INSTALLED)  ## Put what was measured into docs/performance.md
+	$(VENV)/bin/python benchmarks/paste_tables.py docs/performance.md
 
 bench-startup: $(INSTALLED)  ## Measure how long the command line takes to start: docs/performance.md
 	$(VENV)/bin/python benchmarks/startup.py
