@@ -3,7 +3,7 @@
 
 """Who computes an update: the caller, or a worker thread where the buffers are in host memory and the weights on a GPU.
 
-Such an update costs the training a copying of the weights to the host, and nothing else:
+Of such an update the training waits for a copying of the weights to the host:
 
 - The copying runs on the training's own stream, so that whatever writes to the weights next, the optimizer or a forward
   pass that moves statistics, comes after it. A stream of its own could overlap it with the next forward and backward
