@@ -67,7 +67,7 @@ class Updater:
         staged = [update._replace(theta=[next(remaining) for _ in update.theta]) for update in updates]
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix='weight-averaging')
-        self._newest = self._worker.submit(_apply_when_copied, staged, await_copies)
+        self._newest = self._worker.submit(_apply_when_copied, staged, await_copies, torch.get_num_threads())
 
     def wait(self) -> None:
         """Waits for the worker.
@@ -149,6 +149,8 @@ def _apply(updates: Sequence[Update]) -> None:
         kernels.apply_step(*update)
 
 
-def _apply_when_copied(updates: Sequence[Update], await_copies: Callable[[], None]) -> None:
+def _apply_when_copied(updates: Sequence[Update], await_copies: Callable[[], None], threads: int) -> None:
+    # A new thread would have what the whole process was told last, which is 1 while another average is being updated.
+    torch.set_num_threads(threads)
     await_copies()
     _apply(updates)

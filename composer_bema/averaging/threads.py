@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Optional, TypeVar
 
 import torch
@@ -45,11 +44,15 @@ def share_out(make_worker: Callable[[], Callable[[Item], Result]], items: Iterab
         if threads <= 1:
             shared.work()
         else:
-            with ThreadPoolExecutor(threads - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                helpers = [pool.submit(shared.work) for _ in range(threads - 1)]
+            # No pool: none can be used any more when the process ends, and waits for an update in another thread.
+            with contextlib.ExitStack() as joining:
+                for _ in range(threads - 1):
+                    helper = threading.Thread(target=shared.help)
+                    helper.start()
+                    joining.callback(helper.join)
                 shared.work()
-            for helper in helpers:
-                helper.result()
+            if shared.error is not None:
+                raise shared.error
     return [shared.results[index] for index in sorted(shared.results)]
 
 
@@ -58,6 +61,7 @@ class _Shared(Generic[Item, Result]):
 
     def __init__(self, make_worker: Callable[[], Callable[[Item], Result]], items: Iterable[Item]) -> None:
         self.results: dict[int, Result] = {}
+        self.error: Optional[BaseException] = None
         self._make_worker = make_worker
         self._waiting: Iterator[tuple[int, Item]] = enumerate(items)
         self._lock = threading.Lock()
@@ -75,6 +79,14 @@ class _Shared(Generic[Item, Result]):
             except BaseException:
                 self._waiting = iter(())
                 raise
+
+    def help(self) -> None:
+        """Works in a thread of its own, and keeps the error for the one that waits for it."""
+        torch.set_num_threads(1)
+        try:
+            self.work()
+        except BaseException as error:
+            self.error = error
 
     def _next(self) -> Optional[tuple[int, Item]]:
         with self._lock:

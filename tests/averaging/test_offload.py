@@ -143,6 +143,26 @@ def test_the_training_thread_computes_nothing(stand_in, monkeypatch, make_mlp):
     assert len(set(threads)) == 1 and threads[0] != threading.get_ident()
 
 
+def test_the_worker_has_as_many_of_torchs_threads_as_the_caller(stand_in, monkeypatch, make_mlp):
+    """Another average's worker, in the middle of an update, has told the process to have one."""
+    before, counts = torch.get_num_threads(), []
+    monkeypatch.setattr(kernels, 'apply_step', lambda *args: counts.append(torch.get_num_threads()))
+    model = make_mlp()
+    # A check of the weights would set the number again.
+    state = make_state(nonfinite='ignore')
+    state.start(model)
+    try:
+        torch.set_num_threads(3)
+        other = threading.Thread(target=torch.set_num_threads, args=(1,))
+        other.start()
+        other.join()
+        follow(state, model, 1)
+        state.average()
+    finally:
+        torch.set_num_threads(before)
+    assert set(counts) == {3}
+
+
 def test_one_update_is_in_flight_at_most(stand_in, monkeypatch):
     """The next one waits before it copies: there is one copy of the weights, and the worker is still reading it."""
     monkeypatch.setattr(offload, 'ThreadPoolExecutor', Procrastinator)
@@ -434,7 +454,9 @@ from tests.averaging.offloading import stand_in_for_gpu
 import pytest
 
 stand_in_for_gpu(pytest.MonkeyPatch())
-model = torch.nn.Linear(2, 2)
+# So large that the worker has helpers.
+torch.set_num_threads(3)
+model = torch.nn.Linear(2048, 2048)
 state = AverageState(ema_rule())
 state.start(model)
 apply_step = kernels.apply_step
