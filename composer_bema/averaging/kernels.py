@@ -32,6 +32,8 @@ __all__ = ['apply_step', 'distance', 'exchange', 'exchange_groups', 'first_nonfi
 # Elements a chunk. Five fp32 operands of this size fit into the cache of one core cluster; an accelerator wants fewer,
 # larger launches.
 _CPU_CHUNK = 256 * 1024
+# The same where one operation is all there is, which finds nothing in the cache: the fewer calls the better.
+_CPU_CHUNK_OF_ONE = 8 * _CPU_CHUNK
 _ACCELERATOR_CHUNK = 16 * 1024 * 1024
 # Elements a batch of `_foreach`, whose temporaries are as large as its operands.
 _BATCH = 4 * _ACCELERATOR_CHUNK
@@ -66,7 +68,7 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
     if at_once and (fused := _fused()):
         fused.apply_rows(step.rows, names, [tuples[i] for i in at_once])
     else:
-        for batch in _batches([tuples[i] for i in at_once], _BATCH, smallest_alone=_BATCH):
+        for batch in _batches(map(_aligned_chunks, (tuples[i] for i in at_once)), _BATCH, smallest_alone=_BATCH):
             foreach.apply_rows(step.rows, dict(zip(names, zip(*batch, strict=True), strict=True)))
 
     def combine(batch: list[_Operands], scratch: _Scratch) -> None:
@@ -78,7 +80,11 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
             _apply_row(row, operands, scratch)
 
     remaining = [tuples[i] for i in others]
-    _share_out(combine, _batches(remaining, _CPU_CHUNK, smallest_alone=_SMALL), remaining)
+    # What is converted goes through memory of a chunk's size.
+    is_one_operation = len(step.rows) == 1 and all(t.dtype == ts[0].dtype for ts in remaining for t in ts)
+    size = _CPU_CHUNK_OF_ONE if is_one_operation and isinstance(step.rows[0], Lerp) else _CPU_CHUNK
+    chunks = (_aligned_chunks(tensors, size) for tensors in remaining)
+    _share_out(combine, _batches(chunks, _CPU_CHUNK, smallest_alone=_SMALL), remaining)
 
 
 @torch.no_grad()
@@ -144,8 +150,10 @@ def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
         (chunk,) = chunks
         return chunk.sum(dtype=_sum_dtype(chunk))
 
-    sums = _to_host(_for_each_chunk(add_up, [(tensors[i],) for i in others]))
-    owners = (i for i in others for _ in _aligned_chunks((tensors[i],)))
+    remaining = [(tensors[i],) for i in others]
+    chunks = [list(_aligned_chunks(alone, _CPU_CHUNK_OF_ONE)) for alone in remaining]
+    sums = _to_host(_share_out(add_up, itertools.chain.from_iterable(chunks), remaining))
+    owners = (i for i, of_one in zip(others, chunks, strict=True) for _ in of_one)
     suspects = dict.fromkeys(i for i, value in zip(owners, sums, strict=True) if not cmath.isfinite(value))
     bad += next(([i] for i in suspects if not _is_finite(tensors[i])), [])
     return min(bad, default=None)
@@ -223,17 +231,17 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _batches(tuples: Iterable[_Operands], most: int, smallest_alone: int) -> Iterator[list[_Operands]]:
-    """Cuts tensors into chunks, and puts these into lists that agree in dtypes and device.
+def _batches(cut: Iterable[Iterable[_Operands]], most: int, smallest_alone: int) -> Iterator[list[_Operands]]:
+    """Puts chunks into lists that agree in dtypes and device.
 
     Args:
-        tuples (Iterable[tuple[torch.Tensor, ...]]): The operands of each tensor.
+        cut (Iterable[Iterable[tuple[torch.Tensor, ...]]]): The chunks of each tensor's operands.
         most (int): The elements of a list.
         smallest_alone (int): The elements from which on a chunk is a list of its own. So is one of several devices.
     """
     batches: dict[tuple, list[_Operands]] = {}
     elements: dict[tuple, int] = {}
-    for chunks in itertools.chain.from_iterable(map(_aligned_chunks, tuples)):
+    for chunks in itertools.chain.from_iterable(cut):
         count, device = chunks[0].numel(), chunks[0].device
         if count >= smallest_alone or any(chunk.device != device for chunk in chunks):
             yield [chunks]
@@ -319,9 +327,9 @@ def _apply_difference(
     torch.add(base, difference, alpha=row.scale, out=target)
 
 
-def _aligned_chunks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cuts tensors of one shape into views of the same elements, in order."""
-    chunk = _CPU_CHUNK if all(tensor.device.type == 'cpu' for tensor in tensors) else _ACCELERATOR_CHUNK
+def _aligned_chunks(tensors: _Operands, on_host: Optional[int] = None) -> Iterator[_Operands]:
+    """Cuts tensors of one shape into views of the same elements, in order; in host memory of ``on_host`` at most."""
+    chunk = (on_host or _CPU_CHUNK) if all(tensor.device.type == 'cpu' for tensor in tensors) else _ACCELERATOR_CHUNK
     if tensors[0].numel() <= chunk:
         return iter([tuple(tensors)])
     flat = _flattened(tensors)
@@ -331,7 +339,7 @@ def _aligned_chunks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Ten
         if rows:
             return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
         slices = zip(*(tensor.unbind() for tensor in tensors), strict=True)
-        return (chunks for pieces in slices for chunks in _aligned_chunks(pieces))
+        return (chunks for pieces in slices for chunks in _aligned_chunks(pieces, on_host))
     return zip(*(tensor.split(chunk) for tensor in flat), strict=True)
 
 

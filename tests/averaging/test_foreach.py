@@ -96,7 +96,10 @@ def test_no_temporary_is_larger_than_a_chunk_and_no_batch_than_its_limit(batches
 
 def test_dtypes_do_not_mix_in_a_batch(without_triton):
     tuples = [(torch.zeros(2, dtype=dtype),) for dtype in (torch.float32, torch.float64, torch.float32)]
-    assert [[t.dtype for (t,) in batch] for batch in kernels._batches(tuples, most=64, smallest_alone=64)] == [
+    assert [
+        [t.dtype for (t,) in batch]
+        for batch in kernels._batches([[alone] for alone in tuples], most=64, smallest_alone=64)
+    ] == [
         [torch.float32, torch.float32],
         [torch.float64],
     ]
@@ -104,7 +107,10 @@ def test_dtypes_do_not_mix_in_a_batch(without_triton):
 
 def test_a_large_chunk_is_a_batch_of_its_own_and_a_batch_has_an_end(without_triton):
     tuples = [(torch.zeros(size),) for size in (3, 9, 4, 2, 1)]
-    sizes = [[t.numel() for (t,) in batch] for batch in kernels._batches(tuples, most=7, smallest_alone=8)]
+    sizes = [
+        [t.numel() for (t,) in batch]
+        for batch in kernels._batches([[alone] for alone in tuples], most=7, smallest_alone=8)
+    ]
     assert sizes == [[9], [3, 4], [2, 1]]
 
 
