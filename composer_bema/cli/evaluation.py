@@ -185,7 +185,14 @@ def evaluate(
     _refuse_idle(asking, reading, averaging, options, loss=LOSS in names, questions=bool({*names} - {LOSS}))
     suite = Suite(
         names,
-        Protocol(*asking[:6]),
+        Protocol(
+            mode=asking.mode,
+            samples=asking.samples,
+            questions=asking.questions,
+            few_shot=asking.few_shot,
+            chain_of_thought=asking.chain_of_thought,
+            seed=asking.seed,
+        ),
         texts=_texts(target, reading, batch_size) if LOSS in names else None,
         files=dict(asking.data),
         chat=asking.chat,

@@ -51,7 +51,7 @@ _NUMBER = (
 # As TeX has them, and with the spaces between thousands that are no ends of words.
 _WRITTEN_OTHERWISE = (
     (r'\{,\}', ','),
-    (r'\\[dt]?frac\{(\d+)\}\{(\d+)\}', r' \1/\2'),
+    (r'\\[dt]?frac\{\s*([-\u2212]?[\d.]+)\s*\}\{\s*(\d+)\s*\}', r' \1/\2'),
     (r'(?<=\d)[\u202f\u00a0](?=\d{3}(?!\d))', ','),
 )
 
@@ -89,14 +89,14 @@ def find_letter(text: str, letters: Sequence[str] = 'ABCD') -> Optional[str]:
     # Neither one of several, nor part of a word or formula, nor the article: "the answer is a matter of taste".
     end = rf"(?![\w']|-\w|\+|\s*=|(?:\s*,)?\s*(?:,|\band\b|\bor\b)\s*\(?[{every}]\b)"
     letter = rf'(?:(?!a\s+[a-z])([{every}]){end})'
-    announced = re.findall(rf'(?i:{_ANNOUNCED}){_OPENED}{letter}', text)
+    announced = re.findall(rf'(?i:{_ANNOUNCED}){_OPENED}{letter}(?!{_IS_WRONG})', text)
     if announced:
         return announced[-1].upper()
     labels = re.findall(rf'^{_OPENED}{letter}(?:\s*[)\].:,*$](?!{_IS_WRONG})|[ \t]*$)', text, re.MULTILINE)
     if labels and re.match(_OPENED + letter, text):
         return labels[0].upper() if len({label.upper() for label in labels}) == 1 else None
     named = re.findall(
-        rf'\(([{every}])\)(?!{_IS_WRONG})|(?i:\b(?:option|choice)\s+){letter}|\b{letter}\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b',
+        rf'\(([{every}])\)(?!{_IS_WRONG})|(?i:\b(?:option|choice)\s+){letter}(?!{_IS_WRONG})|\b{letter}\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b',
         text,
     )
     said = {''.join(found).upper() for found in named}

@@ -50,7 +50,7 @@ class Questions:
         tasks (Sequence[str]): Keys of `QUESTION_TASKS`.
         protocol (Protocol): How they are asked.
         tokenizer (PreTrainedTokenizerBase): The models'.
-        chat (bool, optional): Whether prompts go through its chat template. Default: if it has one.
+        chat (bool): Whether prompts go through its chat template. Default: ``False``.
         files (Mapping[str, str | Path]): JSONL files with the questions of tasks. Default: the hub's.
         backend (str): ``'hf'`` generates in this process; ``'vllm'`` reads each model from a temporary folder.
         batch_size (int): Sequences that the former generates at a time. Default: ``16``.
@@ -67,7 +67,7 @@ class Questions:
         protocol: Protocol,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        chat: Optional[bool] = None,
+        chat: bool = False,
         files: Optional[Mapping[str, Union[str, Path]]] = None,
         backend: Backend = 'hf',
         batch_size: int = 16,
@@ -75,10 +75,9 @@ class Questions:
         require_harness(backend)
         if tokenizer.eos_token_id is None:
             raise ValueError('The tokenizer has no end-of-text token, which questions need: name one with --tokenizer.')
-        has_template = tokenizer.chat_template is not None
-        if chat and not has_template:
+        if chat and tokenizer.chat_template is None:
             raise ValueError('The tokenizer has no chat template: leave out --chat-template.')
-        self._chat = has_template if chat is None else chat
+        self._chat = chat
         self._system = SYSTEM_PROMPT if self._chat and _takes_system_prompt(tokenizer) else None
         self._protocol = protocol
         self._tokenizer = without_end(tokenizer)

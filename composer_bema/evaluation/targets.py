@@ -16,7 +16,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from composer_bema.formats.composer import AVERAGE, TRAINING, Checkpoint, open_checkpoint
 from composer_bema.formats.harmless import refuse_named_code
-from composer_bema.formats.pretrained import CONFIG, Pretrained, find_pretrained, is_pretrained, read_config
+from composer_bema.formats.pretrained import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    Pretrained,
+    find_pretrained,
+    is_pretrained,
+    read_config,
+)
 from composer_bema.formats.tensors import dtype_named
 from composer_bema.offline.checkpoints import Source
 from composer_bema.offline.export import export
@@ -27,8 +34,6 @@ from composer_bema.offline.sweep import averaged_weights
 from composer_bema.offline.trajectory import Trajectory
 
 __all__ = ['Averages', 'OneModel', 'Subject', 'Target', 'open_target']
-
-_ADAPTER_CONFIG = 'adapter_config.json'
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def _load(folder: Path, dtype: Optional[str], tokenizer: Optional[str]) -> tuple
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model_class: Any = AutoModelForCausalLM
-    if (folder / _ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         try:
             from peft import AutoPeftModelForCausalLM
         except ImportError as error:
@@ -226,11 +231,11 @@ def _load(folder: Path, dtype: Optional[str], tokenizer: Optional[str]) -> tuple
 
 def _require_no_named_code(folder: Path) -> None:
     """Checks the configurations that a model is loaded by: its own, an adapter's, and that of the adapter's base."""
-    for path in (folder / CONFIG, folder / _ADAPTER_CONFIG):
+    for path in (folder / CONFIG, folder / ADAPTER_CONFIG):
         if path.is_file():
             config = read_config(path)
             refuse_named_code(config, str(path))
             base = config.get('base_model_name_or_path')
-            if path.name == _ADAPTER_CONFIG and base:
+            if path.name == ADAPTER_CONFIG and base:
                 of_base, _ = PretrainedConfig.get_config_dict(base)
                 refuse_named_code(of_base, base)

@@ -27,6 +27,7 @@ from composer_bema.formats.tensors import LazyTensor, piece_memory
 from composer_bema.formats.unpickling import load_archive
 
 __all__ = [
+    'ADAPTER_CONFIG',
     'CONFIG',
     'Pretrained',
     'copy_companions',
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 CONFIG = 'config.json'
+ADAPTER_CONFIG = 'adapter_config.json'
 
 _INDEX = '.index.json'
 # What transformers and PEFT call weights, in the order in which they look for them.

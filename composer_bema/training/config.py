@@ -133,18 +133,8 @@ def read_settings(
     if not path.is_file():
         raise ConfigError(f"No such settings file: '{path}'.")
     try:
-        config: Any = OmegaConf.load(path)
-        if not OmegaConf.is_dict(config):
-            raise ConfigError(f"'{path}' must hold `key: value` pairs at its top level.")
-        for override in overrides:
-            _apply_override(config, override)
-        for key, default in (defaults or {}).items():
-            # Set before interpolations are resolved, for others may refer to it; and so looked up without resolving.
-            raw: Any = OmegaConf.to_container(config, resolve=False)
-            if raw.get(key) is None:
-                config[key] = default
         with _own_resolvers():
-            settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            settings = _resolved(path, overrides, defaults or {})
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not valid YAML: {_one_line(error)}.") from error
     except OmegaConfBaseException as error:
@@ -191,17 +181,31 @@ def check_top_level(settings: Mapping[str, Any], record: type[T], path: str = ''
         if is_required and settings.get(name) is None:
             raise ConfigError(f'{prefix}{name} is missing from the settings.')
     merged = OmegaConf.structured(record)
-    for name, value in settings.items():
-        # A key left empty in the YAML means its default, as if it were not there.
-        if value is not None:
-            try:
-                merged = OmegaConf.merge(merged, {name: value})
-            except (OmegaConfBaseException, TypeError) as error:
-                raise ConfigError(f'{prefix}{name}: {_first_line(error)}.') from error
     with _own_resolvers():
+        for name, value in settings.items():
+            # A key left empty in the YAML means its default, as if it were not there.
+            if value is not None:
+                try:
+                    merged = OmegaConf.merge(merged, {name: value})
+                except (OmegaConfBaseException, TypeError) as error:
+                    raise ConfigError(f'{prefix}{name}: {_first_line(error)}.') from error
         config = OmegaConf.to_object(merged)
     assert isinstance(config, record)
     return config
+
+
+def _resolved(path: Path, overrides: Sequence[str], defaults: Mapping[str, Any]) -> Any:
+    config: Any = OmegaConf.load(path)
+    if not OmegaConf.is_dict(config):
+        raise ConfigError(f"'{path}' must hold `key: value` pairs at its top level.")
+    for override in overrides:
+        _apply_override(config, override)
+    for key, default in defaults.items():
+        # Set before interpolations are resolved, for others may refer to it; and so looked up without resolving.
+        raw: Any = OmegaConf.to_container(config, resolve=False)
+        if raw.get(key) is None:
+            config[key] = default
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from composer.metrics import LanguageCrossEntropy, LanguagePerplexity
 from composer.models import HuggingFaceModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from composer_bema.formats.harmless import refuse_named_code
 from composer_bema.preference.dpo import DPO
@@ -176,7 +177,17 @@ def _load_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
         raise _not_found(name) from error
     if not trust_remote_code:
         refuse_named_code(written, name)
+        _refuse_adapter(name)
     return config
+
+
+def _refuse_adapter(name: str) -> None:
+    """Check that no adapter lies beside a model: it would be made, too, and its configuration may name code."""
+    if find_adapter_config_file(name) is not None:
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path: '{name}' holds an adapter beside the model: merge it into its "
+            'base, or name the base.'
+        )
 
 
 def _override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:

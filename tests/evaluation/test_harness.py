@@ -26,7 +26,7 @@ from tests.evaluation.vllm_stand_in import vllm_stand_in
 
 @functools.cache
 def questions_of(*tasks, chat=False, **protocol):
-    return Questions(tasks, Protocol(**protocol), make_tokenizer(chat), files=FILES)
+    return Questions(tasks, Protocol(**protocol), make_tokenizer(chat), chat=chat, files=FILES)
 
 
 def ask(*tasks, chat=False, model=None, **protocol):

@@ -86,6 +86,10 @@ def test_resolvers_are_those_of_omegaconf_whatever_others_have_registered(tmp_pa
         for override in ('run_name=${of_another_package:x}', r'run_name=\${of_another_package:x}'):
             with pytest.raises(ValueError, match='Unsupported interpolation type of_another_package'):
                 load_config(path, [override])
+        # An override looks its section up, which would resolve it.
+        (tmp_path / 'section.yaml').write_text('model: ${of_another_package:x}')
+        with pytest.raises(ConfigError, match='Unsupported interpolation type of_another_package'):
+            load_config(tmp_path / 'section.yaml', ['model.name=x'])
         assert load_config(path, ['optimizer.lr=${oc.decode:${oc.env:RATE}}']).optimizer['lr'] == 0.5
         # And the other package still has it.
         OmegaConf.to_container(OmegaConf.create({'x': '${of_another_package:y}'}), resolve=True)

@@ -4,6 +4,7 @@
 """Models from whole configurations, from folders, and with overrides."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_nothing_is_loaded_that_the_configuration_of_a_folder_names(folder, tmp_
     (tmp_path / 'config.json').write_text(json.dumps(named))
     with pytest.raises(ValueError, match=f"The configuration in '{tmp_path}' has code loaded"):
         build_hf_causal_lm(TOKENIZER, str(tmp_path), pretrained=False)
+
+
+def test_an_adapter_beside_a_model_is_refused(folder, tmp_path):
+    """Transformers would make it, and PEFT import what its configuration names."""
+    copied = shutil.copytree(folder, tmp_path / 'model')
+    (copied / 'adapter_config.json').write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match='holds an adapter beside the model: merge it into its base'):
+        build_hf_causal_lm(TOKENIZER, str(copied))
 
 
 def test_not_pretrained_takes_the_configuration_alone(folder):
