@@ -119,7 +119,7 @@ def test_a_chat_template_without_a_system_turn():
     tokenizer = make_tokenizer(chat=True)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    questions = Questions(['boolq'], Protocol('log-likelihood', questions=1), tokenizer, files=FILES)
+    questions = Questions(['boolq'], Protocol('log-likelihood', questions=1), tokenizer, chat=True, files=FILES)
     _, [generation] = questions.ask(make_model())
     assert generation.prompt.startswith('<user>Read the passage')
 
