@@ -240,7 +240,7 @@ def test_none_switches_a_power_off(checkpoints):
         (['--rule', 'lawa'], "The rule 'lawa' needs the setting 'window'."),
         (
             ['--rule', 'law'],
-            "There is no rule 'law', but training, bema, ema, ouema, dema, lawa, swa_window, decay_merge.",
+            "There is no rule 'law', but bema, ema, ouema, dema, lawa, swa_window, decay_merge, training.",
         ),
         (['--rule', 'bema'], 'name them as the initial model (--initial-model), or start later (--update-after 10).'),
         (['--rule', 'bema', '--update-after', '50'], 'has no update: no checkpoint'),

@@ -54,7 +54,6 @@ def decay_merge(window: int, decay: DecayShape = 'linear') -> Window:
 
 # The arguments of these are the settings that a rule takes, but for the steps, which are not set by its own.
 RULES: dict[str, Callable[..., Rule]] = {
-    'training': training,
     'bema': bema_rule,
     'ema': ema_rule,
     'ouema': ouema_rule,
@@ -62,6 +61,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     'lawa': lawa,
     'swa_window': swa_window,
     'decay_merge': decay_merge,
+    'training': training,
 }
 _STEPS = ('update_after', 'update_freq')
 # Names of the weights in manifests, where they are not those of the rules in capitals.

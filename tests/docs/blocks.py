@@ -31,7 +31,7 @@ LLM_FOUNDRY = 'llm-foundry.md'
 _MARK = re.compile(rf'<!-- ({SLOW}|{NOT_RUN}): ([^>]+) -->\s*\Z')
 # Everything but the directives of the documentation's own pages.
 _LEXER = FencedCodeBlockLexer(r'[^{\n]*')
-_EXTRA = re.compile(r'composer_bema\[(?P<extras>[\w,]+)\]')
+_PACKAGE = re.compile(r'(?:composer_bema|\.)(?:\[(?P<extras>[\w,]+)\])?')
 
 
 class Block(NamedTuple):
@@ -101,9 +101,9 @@ def _run_command(words: Sequence[str]) -> None:
 def _check_extras(requirements: Sequence[str]) -> None:
     """What is installed has the extras that a page has people ask for."""
     provided = metadata.metadata('composer_bema').get_all('Provides-Extra') or []
-    for match in map(_EXTRA.fullmatch, requirements):
+    for match in map(_PACKAGE.fullmatch, requirements):
         assert match is not None, f'{requirements} is more than the package with its extras'
-        assert {*match['extras'].split(',')} <= {*provided}
+        assert {*(match['extras'] or '').split(',')} - {''} <= {*provided}
 
 
 def _check_settings(source: str, page: str) -> None:

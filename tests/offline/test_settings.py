@@ -88,10 +88,10 @@ def test_rules_by_their_settings(rule, options, expected):
     [
         (
             {'rule': 'swa'},
-            "There is no rule 'swa', but training, bema, ema, ouema, dema, lawa, swa_window, decay_merge",
+            "There is no rule 'swa', but bema, ema, ouema, dema, lawa, swa_window, decay_merge",
         ),
         ({'rule': 'BEMA'}, "There is no rule 'BEMA'"),
-        ({'rule': {'a': 1}}, r"There is no rule \{'a': 1\}, but training, bema"),
+        ({'rule': {'a': 1}}, r"There is no rule \{'a': 1\}, but bema"),
         ({'rule': 'ema', 'options': {'bias_power': 1}}, "The rule 'ema' has no setting 'bias_power', but ema_power"),
         ({'rule': 'bema', 'options': {'update_freq': 2}}, "The rule 'bema' has no setting 'update_freq'"),
         ({'rule': 'ouema', 'options': {'update_after': 2}}, "The rule 'ouema' has no setting 'update_after'"),
