@@ -45,12 +45,14 @@ def share_out(make_worker: Callable[[], Callable[[Item], Result]], items: Iterab
             shared.work()
         else:
             # No pool: none can be used any more when the process ends, and waits for an update in another thread.
-            with contextlib.ExitStack() as joining:
+            helpers: list[threading.Thread] = []
+            try:
                 for _ in range(threads - 1):
-                    helper = threading.Thread(target=shared.help)
-                    helper.start()
-                    joining.callback(helper.join)
+                    helpers.append(threading.Thread(target=shared.help))
+                    helpers[-1].start()
                 shared.work()
+            finally:
+                _join(helpers)
             if shared.error is not None:
                 raise shared.error
     return [shared.results[index] for index in sorted(shared.results)]
@@ -91,6 +93,19 @@ class _Shared(Generic[Item, Result]):
     def _next(self) -> Optional[tuple[int, Item]]:
         with self._lock:
             return next(self._waiting, None)
+
+
+def _join(threads: Iterable[threading.Thread]) -> None:
+    """Waits for threads whatever interrupts it: none may go on writing when its caller clears up after a ^C."""
+    interruption = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as error:
+                interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 @contextlib.contextmanager

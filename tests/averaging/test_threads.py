@@ -83,3 +83,31 @@ def test_threads_have_the_modes_of_the_caller_but_no_gradients(most, inference):
         weight = torch.ones(2, requires_grad=not inference)
         share_out(same(lambda tensor: tensor.add_(weight)), tensors, most)
     assert all(tensor.tolist() == [1, 1] and not tensor.requires_grad for tensor in tensors)
+
+
+@pytest.mark.parametrize('most', [2], indirect=True)
+def test_an_interruption_while_waiting_leaves_no_thread_at_work(most, monkeypatch):
+    main, has_begun, may_end = threading.current_thread(), threading.Event(), threading.Event()
+    interruptions = iter([KeyboardInterrupt('^C'), KeyboardInterrupt('^C again')])
+    join = threading.Thread.join
+
+    def interrupted(thread, timeout=None):
+        error = next(interruptions, None)
+        if error is not None:
+            raise error
+        may_end.set()
+        join(thread, timeout)
+
+    def work(item):
+        if threading.current_thread() is main:
+            has_begun.wait()
+        else:
+            has_begun.set()
+            may_end.wait()
+            ended.append(item)
+
+    monkeypatch.setattr(threading.Thread, 'join', interrupted)
+    ended = []
+    with pytest.raises(KeyboardInterrupt):
+        share_out(same(work), range(2), most)
+    assert len(ended) == 1
