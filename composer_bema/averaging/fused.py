@@ -216,7 +216,7 @@ def _as_words(pair: Sequence[torch.Tensor]) -> _Operands:
     return _Operands(device, numel * (dtype.itemsize // size), (_WORDS[size],) * 2, addresses)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _plan(operands: tuple[_Operands, ...]) -> list[_Launch]:
     """Returns the launches that take all tensors. Made once for the addresses of a model and of its buffers."""
     groups: dict[tuple, list[int]] = {}

@@ -29,7 +29,7 @@ from composer_bema.averaging.threads import share_out
 
 __all__ = ['apply_step', 'distance', 'exchange', 'exchange_groups', 'first_nonfinite', 'is_exact_in']
 
-# Elements a chunk. Five fp32 operands of this size fit into the cache of one core cluster; an accelerator wants fewer,
+# Elements a chunk, of which each thread has one: five fp32 operands are 5 MiB of the cache. An accelerator wants fewer,
 # larger launches.
 _CPU_CHUNK = 256 * 1024
 # The same where one operation is all there is, which finds nothing in the cache: the fewer calls the better.
@@ -151,7 +151,9 @@ def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
         return chunk.sum(dtype=_sum_dtype(chunk))
 
     remaining = [(tensors[i],) for i in others]
-    chunks = [list(_aligned_chunks(alone, _CPU_CHUNK_OF_ONE)) for alone in remaining]
+    # Half-precision values are converted on the way, in memory of a chunk's size.
+    sizes = [_CPU_CHUNK_OF_ONE if _sum_dtype(alone) is None else _CPU_CHUNK for (alone,) in remaining]
+    chunks = [list(_aligned_chunks(alone, size)) for alone, size in zip(remaining, sizes, strict=True)]
     sums = _to_host(_share_out(add_up, itertools.chain.from_iterable(chunks), remaining))
     owners = (i for i, of_one in zip(others, chunks, strict=True) for _ in of_one)
     suspects = dict.fromkeys(i for i, value in zip(owners, sums, strict=True) if not cmath.isfinite(value))
@@ -289,6 +291,8 @@ def _share_out(
     function: Callable[[Piece, _Scratch], Result], pieces: Iterable[Piece], tuples: Sequence[_Operands]
 ) -> list[Result]:
     """Calls a function with every piece of tuples of tensors, on several threads where they are in host memory."""
+    if not tuples:
+        return []
     if not all(tensor.device.type == 'cpu' for tensors in tuples for tensor in tensors):
         # The stream that an accelerator's work goes to is this thread's.
         scratch = _Scratch()

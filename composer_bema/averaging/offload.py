@@ -67,7 +67,8 @@ class Updater:
         staged = [update._replace(theta=[next(remaining) for _ in update.theta]) for update in updates]
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix='weight-averaging')
-        self._newest = self._worker.submit(_apply_when_copied, staged, await_copies, torch.get_num_threads())
+        modes = torch.get_num_threads(), torch.is_inference_mode_enabled()
+        self._newest = self._worker.submit(_apply_when_copied, staged, await_copies, *modes)
 
     def wait(self) -> None:
         """Waits for the worker.
@@ -121,8 +122,10 @@ class Staging:
             event.record(torch.cuda.current_stream(device))
 
         def await_copies() -> None:
-            for event in events.values():
-                event.synchronize()
+            for device, event in events.items():
+                # Or a thread that is new to CUDA would wake the first GPU for it.
+                with torch.cuda.device(device):
+                    event.synchronize()
 
         return self._room, await_copies
 
@@ -130,7 +133,9 @@ class Staging:
         if [(kept.shape, kept.dtype) for kept in self._room] != [(weight.shape, weight.dtype) for weight in weights]:
             # What there was goes first, or there would be two copies.
             self._room = []
-            self._room = [pinned_like(weight) for weight in weights]
+            # In inference mode it could be written to in no other.
+            with torch.inference_mode(False):
+                self._room = [pinned_like(weight) for weight in weights]
 
 
 def is_offloaded(updates: Sequence[Update]) -> bool:
@@ -149,8 +154,11 @@ def _apply(updates: Sequence[Update]) -> None:
         kernels.apply_step(*update)
 
 
-def _apply_when_copied(updates: Sequence[Update], await_copies: Callable[[], None], threads: int) -> None:
+def _apply_when_copied(
+    updates: Sequence[Update], await_copies: Callable[[], None], threads: int, in_inference_mode: bool
+) -> None:
     # A new thread would have what the whole process was told last, which is 1 while another average is being updated.
     torch.set_num_threads(threads)
     await_copies()
-    _apply(updates)
+    with torch.inference_mode(in_inference_mode):
+        _apply(updates)

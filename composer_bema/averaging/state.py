@@ -52,6 +52,7 @@ from composer_bema.averaging.saving import (
     shapes_of,
 )
 from composer_bema.averaging.sharding import FlatShard, Shard, gather, share, sum_over_ranks
+from composer_bema.averaging.signals import uninterrupted
 from composer_bema.averaging.swapping import Swap
 
 __all__ = ['AverageState', 'NonFinite']
@@ -187,8 +188,10 @@ class AverageState:
             )
             for group, tensors in zip(self._groups, theta, strict=True)
         ]
-        self._updater.apply(updates)
-        self.num_updates += 1
+        # Half an update would pass for a whole one.
+        with uninterrupted():
+            self._updater.apply(updates)
+            self.num_updates += 1
         return updates[0].step.coefficients
 
     def average(self) -> dict[str, torch.Tensor]:

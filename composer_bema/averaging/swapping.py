@@ -11,6 +11,7 @@ import torch
 
 from composer_bema.averaging import kernels
 from composer_bema.averaging.parameters import matching_tensors, named_tensors
+from composer_bema.averaging.signals import uninterrupted
 
 __all__ = ['Swap']
 
@@ -47,8 +48,9 @@ class Swap:
             live[n].copy_(self._average[n])
         exchanged = [n for n in live if n not in self._stash]
         for names in _launches(exchanged, live, self._average):
-            _exchange(names, live, self._average)
-            self._exchanged.update(dict.fromkeys(names))
+            with uninterrupted():
+                _exchange(names, live, self._average)
+                self._exchanged.update(dict.fromkeys(names))
 
     @torch.no_grad()
     def take_out(self) -> None:
@@ -60,9 +62,10 @@ class Swap:
             del self._stash[n]
         # In reverse, in case that two names share memory without being tied.
         for names in _launches(list(reversed(self._exchanged)), live, resting):
-            _exchange(names, live, resting)
-            for n in names:
-                del self._exchanged[n]
+            with uninterrupted():
+                _exchange(names, live, resting)
+                for n in names:
+                    del self._exchanged[n]
 
     @property
     def in_model(self) -> frozenset[str]:

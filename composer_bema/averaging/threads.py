@@ -47,9 +47,10 @@ def share_out(make_worker: Callable[[], Callable[[Item], Result]], items: Iterab
             # No pool: none can be used any more when the process ends, and waits for an update in another thread.
             helpers: list[threading.Thread] = []
             try:
-                for _ in range(threads - 1):
-                    helpers.append(threading.Thread(target=shared.help))
-                    helpers[-1].start()
+                with contextlib.suppress(RuntimeError):  # No more threads can be had; those that there are do it all.
+                    for _ in range(threads - 1):
+                        helpers.append(threading.Thread(target=shared.help))
+                        helpers[-1].start()
                 shared.work()
             finally:
                 _join(helpers)

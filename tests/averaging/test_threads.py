@@ -85,6 +85,15 @@ def test_threads_have_the_modes_of_the_caller_but_no_gradients(most, inference):
     assert all(tensor.tolist() == [1, 1] and not tensor.requires_grad for tensor in tensors)
 
 
+@pytest.mark.parametrize('most', [3], indirect=True)
+def test_where_no_thread_can_be_had_the_work_is_done_all_the_same(most, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, 'start', fail)
+    assert share_out(same(lambda item: 2 * item), range(10), most) == list(range(0, 20, 2))
+
+
 @pytest.mark.parametrize('most', [2], indirect=True)
 def test_an_interruption_while_waiting_leaves_no_thread_at_work(most, monkeypatch):
     main, has_begun, may_end = threading.current_thread(), threading.Event(), threading.Event()

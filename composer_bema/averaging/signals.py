@@ -1,0 +1,41 @@
+# Copyright 2026 composer_bema authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Signals that wait until what must not be left half done is done."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+__all__ = ['uninterrupted']
+
+# Those that end a run, and for which Python has handlers that may raise at any line: ^C, and what a scheduler sends.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds signals back for a block, and lets them through when it is over.
+
+    Only the main thread is ever interrupted, so that in others this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    # What is handled by the system, or ignored, raises nothing here.
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda received, _: held.append(received))
+        yield
+    finally:
+        # ^C comes back last, lest it interrupt this.
+        for number in reversed(handlers):
+            signal.signal(number, handlers[number])
+        for number in held:
+            signal.raise_signal(number)
