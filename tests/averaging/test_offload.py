@@ -3,12 +3,13 @@
 
 """Updates that a worker computes: the numbers of an update at once, seen by nobody before they are there."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -240,8 +241,17 @@ def test_copies_are_on_each_devices_own_stream_and_awaited_on_all(monkeypatch):
             self.stream = stream
 
         def synchronize(self) -> None:
-            log.append(('synchronize', self.stream))
+            log.append(('synchronize', (current[-1], self.stream)))
 
+    current: list[Any] = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(f'current of {device}')
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, 'device', on)
     monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: f'current of {device}')
     monkeypatch.setattr(offload, 'pinned_like', lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
@@ -254,7 +264,7 @@ def test_copies_are_on_each_devices_own_stream_and_awaited_on_all(monkeypatch):
     assert sorted(log) == [('record', (stream, [[1.5, 2.5], 3, [-1.0], [True]])) for stream in streams]
     log.clear()
     await_copies()
-    assert sorted(log) == [('synchronize', stream) for stream in streams]
+    assert sorted(log) == [('synchronize', (stream, stream)) for stream in streams]
 
 
 def test_a_nonfinite_weight_is_refused_before_anything_is_copied(stand_in, make_mlp):
