@@ -21,15 +21,17 @@ class Terminated(Exception):
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
 def number(request):
-    """A signal that raises."""
-    before = signal.getsignal(signal.SIGTERM)
+    """A signal that raises; ^C is ignored where the tests are run in the background."""
 
     def terminate(received, frame):
         raise Terminated
 
+    before = handlers()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
     yield request.param
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
 
 
 def handlers():
