@@ -69,20 +69,18 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
         fused.apply_rows(step.rows, names, [tuples[i] for i in at_once])
     else:
         for batch in _batches(map(_aligned_chunks, (tuples[i] for i in at_once)), _BATCH, smallest_alone=_BATCH):
-            foreach.apply_rows(step.rows, dict(zip(names, zip(*batch, strict=True), strict=True)))
+            _apply_to_batch(step, names, batch)
 
     def combine(batch: list[_Operands], scratch: _Scratch) -> None:
         if len(batch) > 1:
-            foreach.apply_rows(step.rows, dict(zip(names, zip(*batch, strict=True), strict=True)))
+            _apply_to_batch(step, names, batch)
             return
         operands = dict(zip(names, batch[0], strict=True))
         for row in step.rows:
             _apply_row(row, operands, scratch)
 
     remaining = [tuples[i] for i in others]
-    # What is converted goes through memory of a chunk's size.
-    is_one_operation = len(step.rows) == 1 and all(t.dtype == ts[0].dtype for ts in remaining for t in ts)
-    size = _CPU_CHUNK_OF_ONE if is_one_operation and isinstance(step.rows[0], Lerp) else _CPU_CHUNK
+    size = _CPU_CHUNK_OF_ONE if _is_one_operation(step, remaining) else _CPU_CHUNK
     chunks = (_aligned_chunks(tensors, size) for tensors in remaining)
     _share_out(combine, _batches(chunks, _CPU_CHUNK, smallest_alone=_SMALL), remaining)
 
@@ -304,6 +302,16 @@ def _share_out(
         return lambda piece: function(piece, scratch)
 
     return share_out(make_worker, pieces, most=size // (_CHUNKS_A_THREAD * _CPU_CHUNK))
+
+
+def _is_one_operation(step: LinearStep, tuples: Sequence[_Operands]) -> bool:
+    """Returns whether a step neither hands anything on through the cache, nor converts through a chunk's memory."""
+    alike = all(tensor.dtype == tensors[0].dtype for tensors in tuples for tensor in tensors)
+    return alike and len(step.rows) == 1 and isinstance(step.rows[0], Lerp)
+
+
+def _apply_to_batch(step: LinearStep, names: Sequence[str], batch: Sequence[_Operands]) -> None:
+    foreach.apply_rows(step.rows, dict(zip(names, zip(*batch, strict=True), strict=True)))
 
 
 def _apply_row(row: Row, operands: Mapping[str, torch.Tensor], scratch: _Scratch) -> None:

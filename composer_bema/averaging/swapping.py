@@ -20,8 +20,8 @@ class Swap:
     """One trade of a model's weights for an average.
 
     Values are exchanged bit for bit where dtype and device agree. Elsewhere the training weights rest in a copy of
-    their own dtype, since a trip of the average through bf16 weights would round it. What is done is noted tensor by
-    tensor, so that an interrupted trade can be undone.
+    their own dtype, since a trip of the average through bf16 weights would round it. What is done is noted launch by
+    launch (tensor by tensor in host memory), so that an interrupted trade can be undone.
 
     Args:
         model (torch.nn.Module): The model, holding its training weights.
