@@ -87,7 +87,10 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
 
 @torch.no_grad()
 def exchange(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> None:
-    """Exchanges the values of two lists of tensors that agree in shape, dtype and device, bit for bit."""
+    """Exchanges the values of two lists of tensors that agree in shape, dtype and device, bit for bit.
+
+    No memory is in the lists twice: :func:`exchange_groups` tells such pairs apart.
+    """
     pairs = list(zip(left, right, strict=True))
     fused, at_once, others = _split_exchange(pairs)
     if fused:
@@ -99,21 +102,27 @@ def exchange(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> Non
         a.copy_(b)
         b.copy_(a_values)
 
-    _for_each_chunk(trade, [pairs[i] for i in others])
+    remaining = [pairs[i] for i in others]
+    chunks = list(itertools.chain.from_iterable(map(_aligned_chunks, remaining)))
+    # Memory that cannot be had stops it before the first value is touched.
+    _share_out(trade, chunks, remaining, reserved={'exchange': [a for a, _ in chunks]})
 
 
 def exchange_groups(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Returns the indices of pairs in groups that :func:`exchange` does in one launch each.
+    """Returns the indices of pairs in groups, each of which :func:`exchange` does in one launch or in one loop.
 
-    For a caller that notes what is done, in case of an interruption: a pair that takes a loop is a group of its own.
+    For a caller that notes what is done, in case that a later group fails. Where memory is in the lists twice the order
+    counts, and each pair is a group of its own.
     """
     pairs = list(zip(left, right, strict=True))
+    if _share_memory(list(itertools.chain(*pairs))):
+        return [[i] for i in range(len(pairs))]
     fused, at_once, others = _split_exchange(pairs)
-    launches: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[int]] = {(): list(others)} if others else {}
     if fused:
         for i in at_once:
-            launches.setdefault(fused.exchange_launch(pairs[i]), []).append(i)
-    return [*launches.values(), *([i] for i in others)]
+            groups.setdefault(fused.exchange_launch(pairs[i]), []).append(i)
+    return list(groups.values())
 
 
 @torch.no_grad()
@@ -200,7 +209,7 @@ def _split(
 def _split_exchange(pairs: Sequence[_Operands]) -> tuple[Optional[ModuleType], Sequence[int], Sequence[int]]:
     """Returns the kernels for an exchange, if there are some, and the indices of what they take and do not."""
     at_once, others = _split(pairs, dtypes=None)
-    if at_once and not _share_memory(list(itertools.chain(*pairs))) and (fused := _fused()):
+    if at_once and (fused := _fused()):
         return fused, at_once, others
     return None, [], range(len(pairs))
 
@@ -265,6 +274,16 @@ class _Scratch:
     def __init__(self) -> None:
         self._memory: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
+    def reserve(self, role: str, likes: Iterable[torch.Tensor]) -> None:
+        """Allocates what `take` will hand out for any of ``likes``."""
+        largest: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        for like in likes:
+            known = largest.setdefault((like.dtype, like.device), like)
+            if like.numel() > known.numel():
+                largest[like.dtype, like.device] = like
+        for like in largest.values():
+            self.take(role, like)
+
     def take(self, role: str, like: torch.Tensor) -> torch.Tensor:
         """Returns uninitialised memory of the shape, dtype and device of ``like``, one per role."""
         key = (role, like.dtype, like.device)
@@ -286,21 +305,31 @@ def _for_each_chunk(function: Callable[[_Operands, _Scratch], Result], tuples: S
 
 
 def _share_out(
-    function: Callable[[Piece, _Scratch], Result], pieces: Iterable[Piece], tuples: Sequence[_Operands]
+    function: Callable[[Piece, _Scratch], Result],
+    pieces: Iterable[Piece],
+    tuples: Sequence[_Operands],
+    reserved: Optional[Mapping[str, Sequence[torch.Tensor]]] = None,
 ) -> list[Result]:
-    """Calls a function with every piece of tuples of tensors, on several threads where they are in host memory."""
-    if not tuples:
-        return []
-    if not all(tensor.device.type == 'cpu' for tensors in tuples for tensor in tensors):
-        # The stream that an accelerator's work goes to is this thread's.
-        scratch = _Scratch()
-        return [function(piece, scratch) for piece in pieces]
-    size = sum(tensors[0].numel() for tensors in tuples)
+    """Calls a function with every piece of tuples of tensors, on several threads where they are in host memory.
+
+    Args:
+        function (Callable[[Piece, _Scratch], Result]): The function.
+        pieces (Iterable[Piece]): The pieces.
+        tuples (Sequence[tuple[torch.Tensor, ...]]): What the pieces are of.
+        reserved (Mapping[str, Sequence[torch.Tensor]], optional): What memory to have, for each role like that of any
+            of some tensors, before the function is called at all.
+    """
 
     def make_worker() -> Callable[[Piece], Result]:
         scratch = _Scratch()
+        for role, likes in (reserved or {}).items():
+            scratch.reserve(role, likes)
         return lambda piece: function(piece, scratch)
 
+    if not all(tensor.device.type == 'cpu' for tensors in tuples for tensor in tensors):
+        # The stream that an accelerator's work goes to is this thread's.
+        return list(map(make_worker(), pieces))
+    size = sum(tensors[0].numel() for tensors in tuples)
     return share_out(make_worker, pieces, most=size // (_CHUNKS_A_THREAD * _CPU_CHUNK))
 
 

@@ -21,7 +21,7 @@ class Swap:
 
     Values are exchanged bit for bit where dtype and device agree. Elsewhere the training weights rest in a copy of
     their own dtype, since a trip of the average through bf16 weights would round it. What is done is noted launch by
-    launch (tensor by tensor in host memory), so that an interrupted trade can be undone.
+    launch, so that a trade of which a later one fails can be undone.
 
     Args:
         model (torch.nn.Module): The model, holding its training weights.
@@ -92,16 +92,18 @@ def _exchangeable(live: torch.Tensor, kept: torch.Tensor) -> bool:
 def _launches(
     names: Sequence[str], live: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
 ) -> list[list[str]]:
-    """Returns names in groups that are exchanged by one launch each."""
-    groups = kernels.exchange_groups([live[n] for n in names], [kept[n] for n in names])
-    return [[names[i] for i in group] for group in groups]
+    """Returns names in groups, each of which is exchanged as a whole."""
+    alike = [n for n in names if _exchangeable(live[n], kept[n])]
+    groups = kernels.exchange_groups([live[n] for n in alike], [kept[n] for n in alike])
+    # The model was cast or moved while it held the average.
+    others = [n for n in names if not _exchangeable(live[n], kept[n])]
+    return [*([alike[i] for i in group] for group in groups), *([n] for n in others)]
 
 
 def _exchange(names: Sequence[str], live: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> None:
     if all(_exchangeable(live[n], kept[n]) for n in names):
         kernels.exchange([live[n] for n in names], [kept[n] for n in names])
         return
-    # The model was cast or moved while it held the average.
     for n in names:
         average = live[n].to(kept[n], copy=True)
         live[n].copy_(kept[n])

@@ -31,50 +31,47 @@ def share_out(make_worker: Callable[[], Callable[[Item], Result]], items: Iterab
 
     Args:
         make_worker (Callable[[], Callable[[Item], Result]]): Makes the function that one thread calls, with memory of
-            its own if it needs any. It is called without gradients, and its operations run on its own thread alone.
+            its own if it needs any: for all threads before the first item. The function is called without gradients,
+            and its operations run on its own thread alone.
         items (Iterable[Item]): The items.
         most (int): The most threads that have enough to do, this one included; no more are taken than torch would.
 
     Raises:
         BaseException: What a function raises. Other threads finish the item that they are at.
     """
-    threads = min(torch.get_num_threads(), _MOST_THREADS, most)
-    shared = _Shared(make_worker, items)
+    threads = max(min(torch.get_num_threads(), _MOST_THREADS, most), 1)
+    own, *others = [make_worker() for _ in range(threads)]
+    shared = _Shared(items)
     with _single_threaded_operations():
-        if threads <= 1:
-            shared.work()
-        else:
-            # No pool: none can be used any more when the process ends, and waits for an update in another thread.
-            helpers: list[threading.Thread] = []
-            try:
-                with contextlib.suppress(RuntimeError):  # No more threads can be had; those that there are do it all.
-                    for _ in range(threads - 1):
-                        helpers.append(threading.Thread(target=shared.help))
-                        helpers[-1].start()
-                shared.work()
-            finally:
-                _join(helpers)
-            if shared.error is not None:
-                raise shared.error
+        # No pool: none can be used any more when the process ends, and waits for an update in another thread.
+        helpers: list[threading.Thread] = []
+        try:
+            with contextlib.suppress(RuntimeError):  # No more threads can be had; those that there are do it all.
+                for worker in others:
+                    helpers.append(threading.Thread(target=shared.help, args=(worker,)))
+                    helpers[-1].start()
+            shared.work(own)
+        finally:
+            _join(helpers)
+        if shared.error is not None:
+            raise shared.error
     return [shared.results[index] for index in sorted(shared.results)]
 
 
 class _Shared(Generic[Item, Result]):
     """What the threads share: the items that wait, and the results by their number."""
 
-    def __init__(self, make_worker: Callable[[], Callable[[Item], Result]], items: Iterable[Item]) -> None:
+    def __init__(self, items: Iterable[Item]) -> None:
         self.results: dict[int, Result] = {}
         self.error: Optional[BaseException] = None
-        self._make_worker = make_worker
         self._waiting: Iterator[tuple[int, Item]] = enumerate(items)
         self._lock = threading.Lock()
         self._in_inference_mode = torch.is_inference_mode_enabled()
 
-    def work(self) -> None:
+    def work(self, function: Callable[[Item], Result]) -> None:
         """Does one item after the other until there is none left, or another thread has failed."""
         # The modes are a thread's own.
         with torch.inference_mode(self._in_inference_mode), torch.no_grad():
-            function = self._make_worker()
             try:
                 while (following := self._next()) is not None:
                     index, item = following
@@ -83,11 +80,11 @@ class _Shared(Generic[Item, Result]):
                 self._waiting = iter(())
                 raise
 
-    def help(self) -> None:
+    def help(self, function: Callable[[Item], Result]) -> None:
         """Works in a thread of its own, and keeps the error for the one that waits for it."""
         torch.set_num_threads(1)
         try:
-            self.work()
+            self.work(function)
         except BaseException as error:
             self.error = error
 

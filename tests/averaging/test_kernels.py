@@ -230,6 +230,32 @@ def test_an_exchange_takes_scalars_and_empty_tensors():
     assert (left[0].item(), right[0].item()) == (2.0, 1.0)
 
 
+@pytest.mark.usefixtures('small_chunks')
+@pytest.mark.parametrize('failing', [1, 2, 3, 4])
+def test_an_exchange_that_finds_no_memory_has_done_nothing(monkeypatch, failing):
+    """Each of two threads has room for the largest chunk of either dtype before one begins."""
+    left = [torch.ones(3), torch.ones(4 * CHUNK), torch.ones(4 * CHUNK, dtype=torch.float64)]
+    right = [torch.zeros_like(tensor) for tensor in left]
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    monkeypatch.setattr(kernels, '_CHUNKS_A_THREAD', 1)
+    allocated = []
+
+    def allocate(size, **kwargs):
+        allocated.append(size)
+        if len(allocated) == failing:
+            raise MemoryError
+        return torch.zeros(size, **kwargs)
+
+    monkeypatch.setattr(torch, 'empty', allocate)
+    with pytest.raises(MemoryError):
+        kernels.exchange(left, right)
+    assert all((tensor == 1).all() for tensor in left)
+    assert all((tensor == 0).all() for tensor in right)
+    kernels.exchange(left, right)
+    assert allocated == [CHUNK] * (failing + 4)
+    assert all((tensor == 0).all() for tensor in left)
+
+
 @pytest.mark.usefixtures('any_chunks')
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64])

@@ -740,10 +740,51 @@ class InterruptedAt:
 
 
 exchange = kernels.exchange
-# The exchanges that a swap makes: all of an fp32 model's, and of a bf16 one's its integer buffer and the like.
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Every tensor is exchanged on its own, as if it took a launch."""
+    monkeypatch.setattr(kernels, 'exchange_groups', lambda left, right: [[i] for i in range(len(left))])
+
+
+# The exchanges that a swap then makes: all of an fp32 model's, and of a bf16 one's its integer buffer and the like.
 EXCHANGES = [('float32', 1), ('float32', 4), ('float32', 9), ('bfloat16', 1), ('mixed', 2), ('mixed', 5), ('tied', 3)]
 
 
+@pytest.mark.parametrize('name', ['float32', 'tied'])
+def test_a_swap_is_one_exchange(make_mlp, monkeypatch, name):
+    """The threads that share it are started once, and nothing can come in between."""
+    model = MODELS[name](make_mlp)
+    state = averaging(model)
+    counting = InterruptedAt(0)
+    monkeypatch.setattr(kernels, 'exchange', counting)
+    state.swap_in(model)
+    assert counting.calls == 1
+    state.swap_out()
+    assert counting.calls == 2
+
+
+def test_weights_that_share_memory_without_being_tied_are_exchanged_in_order():
+    """And in reverse on the way out: the second name finds the first one's average where the weights were."""
+    model = torch.nn.Module()
+    memory = torch.arange(1000.0)
+    model.first, model.second = torch.nn.Parameter(memory[:600]), torch.nn.Parameter(memory[400:])
+    state = AverageState(ema_rule())
+    state.start(model)
+    state.update(model, 1)
+    with torch.no_grad():
+        memory.mul_(2)
+    training, buffers = weights_of(model), buffers_of(state)
+    state.swap_in(model)
+    assert model.second.tolist() == list(range(400, 1000))
+    assert model.first.tolist() == list(range(600))
+    state.swap_out()
+    assert_same(weights_of(model), training)
+    assert_same(buffers_of(state), buffers)
+
+
+@pytest.mark.usefixtures('one_by_one')
 @pytest.mark.parametrize(('name', 'call'), EXCHANGES)
 def test_an_interrupted_swap_out_can_be_finished(make_mlp, monkeypatch, name, call):
     """A second ^C, or a signal: what is back is not exchanged again, and what is not back comes back, bit for bit."""
@@ -772,6 +813,7 @@ def test_an_interrupted_swap_out_can_be_finished(make_mlp, monkeypatch, name, ca
     assert_same(weights_of(model), training)
 
 
+@pytest.mark.usefixtures('one_by_one')
 def test_a_swap_out_that_is_interrupted_again_and_again_can_be_finished(make_mlp, monkeypatch):
     model = make_mlp()
     state = averaging(model)
@@ -790,6 +832,7 @@ def test_a_swap_out_that_is_interrupted_again_and_again_can_be_finished(make_mlp
     assert_same(buffers_of(state), buffers)
 
 
+@pytest.mark.usefixtures('one_by_one')
 @pytest.mark.parametrize(('name', 'call'), EXCHANGES)
 def test_an_interrupted_swap_in_is_undone(make_mlp, monkeypatch, name, call):
     model = MODELS[name](make_mlp)
@@ -803,6 +846,7 @@ def test_an_interrupted_swap_in_is_undone(make_mlp, monkeypatch, name, call):
     assert_same(buffers_of(state), buffers)
 
 
+@pytest.mark.usefixtures('one_by_one')
 @pytest.mark.parametrize('name', ['float32', 'bfloat16', 'mixed'])
 def test_a_state_saved_after_an_interrupted_swap_out_loses_nothing(make_mlp, monkeypatch, name):
     """The emergency checkpoint of a run that was stopped while it swapped: half of the model holds the average."""

@@ -34,15 +34,37 @@ def test_results_come_in_the_order_of_the_items(most):
 def test_threads_work_at_the_same_time_and_each_has_a_worker_of_its_own(most):
     """Each waits for the others, which would never come if one thread did all the items."""
     together = threading.Barrier(most, timeout=60)
-    made = []
+    threads = []
 
     def make_worker() -> Callable[[int], int]:
-        made.append(threading.get_ident())
-        return lambda item: together.wait()
+        used_by = set()
+        threads.append(used_by)
+
+        def work(item: int) -> int:
+            used_by.add(threading.get_ident())
+            return together.wait()
+
+        return work
 
     share_out(make_worker, range(2 * most), most)
-    assert len(set(made)) == len(made) == most
-    assert threading.get_ident() in made
+    assert [len(used_by) for used_by in threads] == [1] * most
+    assert len(set.union(*threads)) == most
+    assert threading.get_ident() in threads[0]
+
+
+def test_nothing_is_done_where_a_worker_cannot_be_made(most):
+    done, made = [], []
+
+    def make_worker() -> Callable[[int], None]:
+        made.append(len(made))
+        if len(made) == most:
+            raise MemoryError
+        return done.append
+
+    with pytest.raises(MemoryError):
+        share_out(make_worker, range(10), most)
+    assert not done
+    assert torch.get_num_threads() == most
 
 
 def test_there_are_no_more_threads_than_there_is_work_for(most):
