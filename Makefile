@@ -6,9 +6,11 @@
 #   make test PYTEST_ARGS='-k decay -x'      arguments for pytest
 #   make test-kills KILLS_SEED=1             other moments
 #   make test VENV=.venv-lowest UV_RESOLUTION=lowest-direct      the oldest versions that setup.py admits
+#   make test VENV=.venv-extra EXTRAS=test,trl                   what else the environment has
 
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= test
 PYTEST_ARGS ?=
 KILLS ?= 24
 TRL_VENV ?= .venv-trl
@@ -155,15 +157,15 @@ $(UV): | $(VENV)/bin/python
 
 # The stamps are as old as the last installation, which setup.py and the version in it can make stale.
 $(INSTALLED): setup.py composer_bema/version.py | $(UV)
-	$(UV) pip install --python $(VENV)/bin/python --editable '.[test]'
+	$(UV) pip install --python $(VENV)/bin/python --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(LINTERS): $(INSTALLED) | $(UV)
-	$(UV) pip install --python $(VENV)/bin/python --editable '.[test,lint]'
+	$(UV) pip install --python $(VENV)/bin/python --editable '.[$(EXTRAS),lint]'
 	@touch $@
 
 $(SPHINX): $(INSTALLED) | $(UV)
-	$(UV) pip install --python $(VENV)/bin/python --editable '.[test,docs]'
+	$(UV) pip install --python $(VENV)/bin/python --editable '.[$(EXTRAS),docs]'
 	@touch $@
 
 # TRL wants a transformers that the package excludes, and so lives apart; the versions are those it was tested with. Made

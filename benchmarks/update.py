@@ -6,7 +6,7 @@
     python benchmarks/update.py                                   GPT-2 small in fp32 and bf16
     python benchmarks/update.py --model 1b --dtype bf16 --repeats 3
 
-It prints the tables of docs/performance.md. The unit is the time that copying takes for the bytes that the average
+It prints the tables of docs/performance.md. The unit is the time that copying takes for the bytes that an fp32 average
 has to read and write (an EMA of fp32 weights three times 4 a parameter, BEMA five times, a swap four times); a copy is
 timed before each update, and a number is the median over repeats of an update's time in the unit. Each condition has a
 process of its own:
@@ -135,14 +135,12 @@ def table(results: dict[str, list[Row]]) -> str:
         results: The rows of :func:`measure` by condition.
     """
     rows: list[Row] = []
-    common = set.intersection(*({row['method'] for row in measured} for measured in results.values()))
     for first in next(iter(results.values()))[1:]:
-        if first['method'] not in common:
-            continue
         action = '' if first['action'] == 'update' else f', {first["action"]}'
         line: Row = {'': f'{first["method"]}{action}'}
         for condition, measured in results.items():
-            line[condition] = in_units(_find(measured, first['method'], first['action']))
+            found = _find(measured, first['method'], first['action'])
+            line[condition] = None if found is None else in_units(found)
             line[f'{condition}, in ours'] = _in_ours(measured, first)
         line['ms'] = 1000 * statistics.median(first['seconds'])
         rows.append(line)
@@ -155,16 +153,17 @@ def table(results: dict[str, list[Row]]) -> str:
     return markdown([*rows, copies, triads])
 
 
-def _find(rows: Sequence[Row], method: str, action: str) -> Row:
-    return next(row for row in rows if (row['method'], row['action']) == (method, action))
+def _find(rows: Sequence[Row], method: str, action: str) -> Row | None:
+    return next((row for row in rows if (row['method'], row['action']) == (method, action)), None)
 
 
 def _in_ours(measured: Sequence[Row], row: Row) -> float | None:
-    """How many of ours, with its guard, would have been done meanwhile; None for ours."""
+    """How many of ours, with its guard, would have been done meanwhile; None for ours, or where it was not measured."""
     if row['method'] in {method.name for method in OURS}:
         return None
-    mine = 'EMA' if row['kind'] == 'ema' else 'BEMA'
-    return in_units(_find(measured, row['method'], row['action'])) / in_units(_find(measured, mine, row['action']))
+    theirs = _find(measured, row['method'], row['action'])
+    mine = _find(measured, 'EMA' if row['kind'] == 'ema' else 'BEMA', row['action'])
+    return None if theirs is None or mine is None else in_units(theirs) / in_units(mine)
 
 
 def measure_under(condition: str, model: str, dtype: str, repeats: int) -> list[Row]:

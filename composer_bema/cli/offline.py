@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from composer_bema.cli.averages import RULE_HELP, average_options, build_setting
+from composer_bema.cli.options import grouped
 from composer_bema.cli.processes import is_first_process, show_log
 
 if TYPE_CHECKING:
     from composer_bema.offline.plan import Average
+    from composer_bema.offline.settings import Setting
 
 __all__ = ['export', 'stabilize', 'sweep', 'weights']
 
@@ -41,29 +43,48 @@ def export(checkpoint: str, out: str, weights: str, average: str | None, precisi
     click.echo(f"Wrote the {weights} weights of '{checkpoint}' to '{out}'.")
 
 
+class Output(NamedTuple):
+    """What is written of the checkpoints, and how."""
+
+    weights: str
+    copy: tuple[str, ...]
+    format: str | None
+    dtype: str | None
+    max_shard_size: str
+
+
+_output = grouped(
+    'output',
+    Output,
+    [
+        click.option(
+            '--weights', default='training', show_default=True, help="Of Composer checkpoints: or 'model', as it is."
+        ),
+        click.option(
+            '--copy', multiple=True, help="Names (patterns) of tensors to take from the average's step; repeatable."
+        ),
+        click.option('--format', help="'huggingface' or 'composer'.  [default: the former where possible]"),
+        click.option('--dtype', help="float32, bfloat16, float16 or float64.  [default: the checkpoints']"),
+        click.option('--max-shard-size', default='5GB', show_default=True, help='The size of a file of weights.'),
+    ],
+)
+
+
 @click.command()
 @click.argument('checkpoints', type=click.Path())
 @click.option('--rule', required=True, help=RULE_HELP)
 @average_options
-@click.option('--weights', default='training', show_default=True, help="Of Composer checkpoints: or 'model', as it is.")
-@click.option('--copy', multiple=True, help="Names (patterns) of tensors to take from the average's step; repeatable.")
-@click.option('--format', help="'huggingface' or 'composer'.  [default: the former where possible]")
-@click.option('--dtype', help="float32, bfloat16, float16 or float64.  [default: the checkpoints']")
-@click.option('--max-shard-size', default='5GB', show_default=True, help='The size of a file of weights.')
+@_output
 @click.option('--out', type=click.Path(), help='The folder to make.')
 @click.option('--dry-run', is_flag=True, help='Print what each checkpoint would weigh, and read nothing.')
 def stabilize(
     checkpoints: str,
     rule: str,
-    out: str | None,
-    dry_run: bool,
     at: tuple[int, ...],
     initial_model: str | None,
-    weights: str,
-    copy: tuple[str, ...],
-    format: str | None,
-    dtype: str | None,
-    max_shard_size: str,
+    output: Output,
+    out: str | None,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Average a directory of CHECKPOINTS, in one reading, as the same rule would have averaged during training.
@@ -72,31 +93,18 @@ def stabilize(
     """
     from composer_bema.offline.ranks import is_first_rank, joined
     from composer_bema.offline.stabilize import stabilize as write_average
-    from composer_bema.offline.trajectory import Trajectory
 
     setting = build_setting(rule, options)
     if dry_run:
-        trajectory = Trajectory(checkpoints, initial_model=initial_model)
-        table = _weights_table(trajectory.plan(setting, at), trajectory.steps)
-        if is_first_process():
-            click.echo(table)
+        _show_weights(checkpoints, setting, at, initial_model)
         return
     if out is None:
         raise click.UsageError("Missing option '--out'.")
     with joined():
         show_log(None, is_first_rank())
+        written: dict[str, Any] = output._asdict()
         folders = write_average(
-            checkpoints,
-            out,
-            setting,
-            at=at,
-            initial_model=initial_model,
-            weights=weights,
-            copy=copy,
-            format=format,  # pyright: ignore[reportArgumentType]
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            show_progress=True,
+            checkpoints, out, setting, at=at, initial_model=initial_model, show_progress=True, **written
         )
         if is_first_rank():
             click.echo(f'Wrote {setting} to {", ".join(map(repr, map(str, folders)))}.')
@@ -146,6 +154,15 @@ def weights(
     if out is not None:
         plot_curves(weight_curves(averages, trajectory.steps), out, 'step of the checkpoint', 'weight in the average')
         click.echo(f"Drew '{out}'.")
+
+
+def _show_weights(checkpoints: str, setting: Setting, at: Sequence[int], initial_model: str | None) -> None:
+    from composer_bema.offline.trajectory import Trajectory
+
+    trajectory = Trajectory(checkpoints, initial_model=initial_model)
+    table = _weights_table(trajectory.plan(setting, at), trajectory.steps)
+    if is_first_process():
+        click.echo(table)
 
 
 def _weights_table(averages: Sequence[Average], steps: Sequence[int]) -> str:
