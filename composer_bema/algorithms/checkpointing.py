@@ -27,11 +27,17 @@ from composer.utils.file_helpers import extract_path_from_symlink
 
 from composer_bema.algorithms.savers import AfterSavers, Swappable
 from composer_bema.averaging.saving import MODEL_HOLDS
+from composer_bema.formats.composer import open_checkpoint
 from composer_bema.formats.entries import load_sharded_entries, pack_entry, unpack_entry
 
 __all__ = ['AveragingCheckpoint', 'check_entry_of_composers_ema']
 
 log = logging.getLogger(__name__)
+
+_BY_COMPOSERS_EMA = (
+    "written by Composer's own EMA, and its model then holds the averaged weights: resume it with "
+    'composer.algorithms.EMA, or start a new run from the average with load_weights_only=True.'
+)
 
 
 class Restorable(Swappable, Protocol):
@@ -113,6 +119,8 @@ class AveragingCheckpoint(AfterSavers):
                 f'it: resume with {holder} among the algorithms and its state in the checkpoint, or start a new run '
                 'from the average with load_weights_only=True.',
             )
+        if restored == {'training'} and state.load_path is not None and state.timestamp.batch > 0:
+            _check_that_composers_ema_is_not_resumed(state.load_path, state.run_name)
 
 
 def check_entry_of_composers_ema(saved: dict[str, Any]) -> None:
@@ -125,11 +133,34 @@ def check_entry_of_composers_ema(saved: dict[str, Any]) -> None:
     if 'ema_model' not in saved:
         return
     if saved.get('ema_weights_active'):
-        raise ValueError(
-            "The checkpoint's 'EMA' entry was written by Composer's own EMA, and its model holds the averaged weights: "
-            'resume it with composer.algorithms.EMA, or start a new run from the average with load_weights_only=True.',
-        )
+        raise ValueError(f"The checkpoint's 'EMA' entry was {_BY_COMPOSERS_EMA}")
     warnings.warn("The checkpoint's 'EMA' entry was written by Composer's own EMA and is not loaded.", stacklevel=2)
+
+
+def _check_that_composers_ema_is_not_resumed(load_path: str, run_name: str) -> None:
+    """Looks into a checkpoint with none of our averages: Composer shows no algorithm what others have saved."""
+    path = partial_format(load_path, run_name=run_name)
+    store, _, _ = parse_uri(path)
+    if store:
+        warnings.warn(
+            f"'{path}' has none of this run's averages, and is not looked into where it is: it may have been "
+            f'{_BY_COMPOSERS_EMA}',
+            stacklevel=2,
+        )
+        return
+    found = [dist.get_global_rank() == 0 and _holds_composers_ema(path)]
+    dist.broadcast_object_list(found, src=0)
+    if found[0]:
+        raise ValueError(f"'{path}' was {_BY_COMPOSERS_EMA}")
+
+
+def _holds_composers_ema(path: str) -> bool:
+    try:
+        return open_checkpoint(path).holds_composers_ema
+    except (OSError, ValueError) as error:
+        # Composer could read it, and reads more than is safe: pickles of whatever the run has put there.
+        log.info("Whether the model in '%s' is an average cannot be told: %s", path, error)
+        return False
 
 
 def _check_that_all_ranks_loaded(state: State) -> None:

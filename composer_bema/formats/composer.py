@@ -118,6 +118,13 @@ class Checkpoint:
         return 'timestamp' not in self._state
 
     @property
+    def holds_composers_ema(self) -> bool:
+        """Whether the model holds the average of Composer's own EMA."""
+        # A checkpoint's algorithms are pairs of a class's name and its state.
+        algorithms = dict(plain(self._state.get('algorithms')) or ())
+        return isinstance(algorithms.get('EMA'), Mapping) and bool(algorithms['EMA'].get('ema_weights_active'))
+
+    @property
     def average_names(self) -> list[str]:
         """The averages of which there are weights here, by their classes' names."""
         return [*self.averages, *({self.model_holds} - {TRAINING, *self.averages})]
@@ -169,13 +176,11 @@ class Checkpoint:
                 f"'{self.path}' was saved with save_weights_only, and does not say which weights its model holds: "
                 f"ask for the '{MODEL}' weights."
             )
-        # A checkpoint's algorithms are pairs of a class's name and its state.
-        for name, state in plain(self._state.get('algorithms')) or ():
-            if name == 'EMA' and isinstance(state, Mapping) and state.get('ema_weights_active'):
-                raise ValueError(
-                    f"The model in '{self.path}' holds the average of Composer's own EMA: ask for the '{MODEL}' "
-                    'weights if that is what you want.'
-                )
+        if self.holds_composers_ema:
+            raise ValueError(
+                f"The model in '{self.path}' holds the average of Composer's own EMA: ask for the '{MODEL}' "
+                'weights if that is what you want.'
+            )
 
     def average_name(self, wanted: Optional[str] = None) -> str:
         """Returns the name of an average of which there are weights here.

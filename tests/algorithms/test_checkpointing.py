@@ -3,6 +3,8 @@
 
 """What a checkpoint holds, and that a run resumed from it goes on as if it had never stopped."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from composer.callbacks import CheckpointSaver, LRMonitor, SystemMetricsMonitor
 from composer.models import ComposerClassifier
 from composer.utils import create_interval_scheduler
 
-from composer_bema import BEMA, EMA
+from composer_bema import BEMA, EMA, LAWA
+from composer_bema.algorithms import checkpointing
 from composer_bema.algorithms.weight_averaging import averages_among
 from composer_bema.formats.entries import unpack_entry
 from tests.algorithms.family import FAMILY
@@ -348,7 +351,7 @@ def test_weights_alone_start_a_new_average_from_the_saved_one(tmp_path):
 def test_composers_ema_in_a_checkpoint_is_recognised(tmp_path):
     for folder, interval in (('active', '1ba'), ('inactive', '7ba')):
         run(ComposerEMA('4ba', update_interval=interval), save_folder=str(tmp_path / folder), max_duration='6ba')
-    with pytest.raises(ValueError, match="'EMA' entry was written by Composer's own EMA, and its model holds"):
+    with pytest.raises(ValueError, match="'EMA' entry was written by Composer's own EMA, and its model then holds"):
         make_trainer(EMA('4ba'), load_path=str(tmp_path / 'active' / 'ep0-ba6-rank0.pt'))
     path = tmp_path / 'inactive' / 'ep0-ba6-rank0.pt'
     checkpoint = torch.load(path, weights_only=False)
@@ -359,6 +362,34 @@ def test_composers_ema_in_a_checkpoint_is_recognised(tmp_path):
     with pytest.warns(UserWarning, match='EMA starts anew'):
         trainer.fit()
     trainer.close()
+
+
+@pytest.mark.parametrize('average', [BEMA, LAWA])
+def test_composers_ema_is_recognised_by_averages_of_other_names(tmp_path, average):
+    """Composer shows them nothing of it, and training would go on from averaged weights."""
+    run(ComposerEMA('4ba', update_interval='1ba'), save_folder=str(tmp_path), max_duration='6ba')
+    path = str(tmp_path / 'ep0-ba6-rank0.pt')
+    with pytest.raises(ValueError, match="ep0-ba6-rank0.pt' was written by Composer's own EMA"):
+        make_trainer(average('4ba'), load_path=path)
+    make_trainer(average('4ba'), load_path=path, load_weights_only=True).close()
+    make_trainer(average('4ba'), load_path=path, load_ignore_keys=['state/timestamp']).close()
+
+
+def test_what_is_resumed_without_an_average_need_not_be_readable_here(tmp_path, caplog, monkeypatch):
+    """Composer unpickles whatever there is; an object store is not asked twice."""
+    run(save_folder=str(tmp_path), max_duration='6ba')
+    path = tmp_path / 'ep0-ba6-rank0.pt'
+    make_trainer(BEMA('4ba'), load_path=str(path)).close()
+
+    def refuse(path):
+        raise ValueError('an unknown format')
+
+    monkeypatch.setattr(checkpointing, 'open_checkpoint', refuse)
+    with caplog.at_level(logging.INFO, 'composer_bema'):
+        make_trainer(BEMA('4ba'), load_path=str(path)).close()
+    assert 'is an average cannot be told: an unknown format' in caplog.text
+    with pytest.warns(UserWarning, match="'s3://bucket/6.pt' has none of this run's averages"):
+        checkpointing._check_that_composers_ema_is_not_resumed('s3://bucket/6.pt', 'a run')
 
 
 def test_evaluating_a_loaded_checkpoint_sees_the_average(tmp_path, make_average):
