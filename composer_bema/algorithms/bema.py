@@ -42,24 +42,24 @@ class BEMA(WeightAveraging):
 
     Args:
         update_freq (str, optional): phi, the time from one update to the next, counted from ``update_after``. Any of
-            Composer's time units. Default: ``'400ba'``, or ``'1ba'`` with ``half_life``.
+            Composer's time units but seconds. Default: ``'400ba'``, or ``'1ba'`` with ``half_life``.
         update_after (str): tau, the burn-in: when theta_0 and the EMA are taken. Default: ``'0ba'``, the weights before
             the first step.
         ema_power (float, optional): kappa, at least 0. ``0`` keeps no history, and ``None`` switches the EMA off, so
             that only the correction is added to the newest weights. Default: ``0.5``.
         bias_power (float, optional): eta, at least 0. ``0`` corrects fully for ever, a large value fades the
             correction, and ``None`` switches it off. Default: ``0.2``.
-        lag (float): rho, the virtual starting age in steps. Default: ``10``.
+        lag (float): rho, the virtual starting age, in steps times ``multiplier``. Default: ``10``.
         multiplier (float): gamma, the pace at which both schedules age. Default: ``1``.
         min_ema_multiplier (float): m, the floor of beta, in [0, 1]. Default: ``0``.
-        half_life (str, optional): A time in any unit. Replaces ``ema_power`` by the constant rate
+        half_life (str, optional): A time in such a unit. Replaces ``ema_power`` by the constant rate
             :math:`\beta = 1 - 2^{-\text{elapsed} / \text{half\_life}}`. Default: ``None``.
         update_interval (str, optional): Another name of ``update_freq``.
         update_ref_model (bool): Whether the frozen reference model of a run, such as that of :class:`.DPO`, becomes the
             BEMA weights every ``ref_model_update_freq``, counted from ``ref_model_update_after``, where the first such
             update is due. It stays as it is as long as there are no BEMA weights. Default: ``False``.
-        ref_model_update_freq (str): A time in any unit. Default: ``'400ba'``.
-        ref_model_update_after (str): A time in any unit. Default: ``'0ba'``.
+        ref_model_update_freq (str): A time in such a unit. Default: ``'400ba'``.
+        ref_model_update_after (str): A time in such a unit. Default: ``'0ba'``.
         eval_labels (list[str], optional): The labels of the evaluators that see the average; ``'predict'`` stands for
             ``Trainer.predict``. Several averages can watch one run with labels of their own. Default: ``None``, all.
         save_weights (str, optional): Which weights callbacks find in the model at a checkpoint event, ``'average'`` or
@@ -203,7 +203,7 @@ class EMA(WeightAveraging):
     ``update_after`` plus multiples.
 
     Args:
-        half_life (str, optional): A time in any unit, as in :class:`BEMA`.
+        half_life (str, optional): A time, as in :class:`BEMA`.
         smoothing (float, optional): Replaces the schedule by the constant beta = 1 - smoothing at every update, in
             [0, 1), whatever ``update_freq`` is, which then defaults to ``'1ba'``.
 

@@ -32,7 +32,7 @@ class DEMA(WeightAveraging):
     or ``smoothing``. It keeps three fp32 copies of the trainable parameters, and runs on the events of :class:`.BEMA`.
 
     Args:
-        half_life (str, optional): A time in any unit, as in :class:`.BEMA`.
+        half_life (str, optional): A time, as in :class:`.BEMA`.
         smoothing (float, optional): As in :class:`.EMA`.
 
     The other arguments, and the errors, are those of :class:`.BEMA`.

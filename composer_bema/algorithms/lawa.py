@@ -34,7 +34,7 @@ class LAWA(WeightAveraging):
 
     Args:
         update_freq (str, optional): phi, the time from one snapshot to the next, counted from ``update_after``. Any of
-            Composer's time units. Default: ``'1000ba'``.
+            Composer's time units but seconds. Default: ``'1000ba'``.
         window (int): M, the snapshots that are averaged, at least 1. A resumed run has to keep it. Default: ``10``.
         replace_training_weights (bool): Whether training goes on from the average after each update. The optimizer
             keeps its state, such as the momentum of the weights that were replaced. Algorithms that come after this

@@ -34,7 +34,7 @@ class SWAWindow(WeightAveraging):
 
     Args:
         update_freq (str, optional): phi, the time from one update to the next, counted from ``update_after``. Any of
-            Composer's time units. Default: ``'5ba'``.
+            Composer's time units but seconds. Default: ``'5ba'``.
         horizon (str): What is averaged, a multiple of ``period``. Default: ``'500ba'``.
         period (str, optional): After what the running mean starts again, a multiple of ``update_freq``. Default:
             ``horizon``.

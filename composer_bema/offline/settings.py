@@ -146,6 +146,7 @@ class Setting:
         options = dict(self.options)
         schedule = options.pop('schedule', 'paper')
         ema_update_after = options.pop('ema_update_after', None)
+        self._refuse_idle()
         rule = factory(**wanted, **options)
         if schedule not in get_args(Schedule):
             raise ValueError(f'schedule must be one of {", ".join(get_args(Schedule))}, but is {schedule!r}.')
@@ -153,7 +154,6 @@ class Setting:
             rule = _with_reference_schedule(rule, self.update_after, ema_update_after)
         elif ema_update_after is not None:
             raise ValueError("ema_update_after belongs to schedule='reference'.")
-        self._refuse_idle()
         return rule
 
     def _refuse_idle(self) -> None:

@@ -209,7 +209,7 @@ def test_the_alpha_of_ouema_counts_from_the_burn_in():
 
 def test_the_defaults_of_ouema_are_bemas():
     assert ouema_rule() == OUEMA(alpha=reference_decay(0.2, 10, 0), beta=bema_rule().beta)
-    assert ouema_rule(half_life=8, min_ema_multiplier=0.1).beta == HalfLifeDecay(8)
+    assert ouema_rule(half_life=8).beta == HalfLifeDecay(8)
     assert ouema_rule(min_ema_multiplier=0.1).beta == PowerDecay(0.5, floor=0.1)
     assert ouema_rule(ema_power=None).beta == ConstantDecay(1.0)
 
@@ -246,6 +246,8 @@ def test_ouema_has_no_full_correction(zero):
         ({'half_life': 10, 'lag': -1}, 'lag must be'),
         ({'smoothing': 0.9, 'multiplier': -1}, 'multiplier must be'),
         ({'half_life': 10, 'min_ema_multiplier': 2}, 'min_ema_multiplier must be'),
+        ({'half_life': 10, 'min_ema_multiplier': 0.1}, 'min_ema_multiplier has no effect beside half_life'),
+        ({'smoothing': 0.9, 'min_ema_multiplier': 0.1}, 'min_ema_multiplier has no effect beside smoothing'),
     ],
 )
 def test_bad_settings_are_errors_that_name_the_users_setting(settings, message):
