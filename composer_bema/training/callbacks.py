@@ -45,10 +45,10 @@ class FlopsMonitor(Callback):
     lines of ``metrics.jsonl`` belong together by their ``batch``.
 
     Args:
-        sequence_length: Tokens in a sequence (in a YAML ``${max_seq_len}``), on which the cost of attention depends.
-            The tokens of shorter sequences are counted as if they stood in sequences of this length.
-        architecture: The sizes of the model, or the arguments of :class:`.Architecture`; None: the configuration of the
-            ``HuggingFaceModel`` that is trained tells them.
+        sequence_length (int): Tokens in a sequence (in a YAML ``${max_seq_len}``), on which the cost of attention
+            depends. The tokens of shorter sequences are counted as if they stood in sequences of this length.
+        architecture (Architecture | Mapping[str, Any], optional): The sizes of the model, or the arguments of
+            :class:`.Architecture`; ``None``: the configuration of the ``HuggingFaceModel`` that is trained tells them.
 
     Raises:
         ValueError: The architecture cannot be told, or the data counts no tokens.
@@ -106,10 +106,14 @@ class HuggingFaceCheckpointer(Callback):
     under an averaging algorithm, those that its ``save_weights`` names.
 
     Args:
-        save_folder: The folder to write; it appears, or is replaced, when it is complete. ``{batch}`` in it stands for
-            the number of optimizer steps.
-        save_interval: A Composer time string; the default writes once, at the end.
-        precision: The dtype of the weights written: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
+        save_folder (str): The folder to write; it appears, or is replaced, when it is complete. ``{batch}`` in it
+            stands for the number of optimizer steps.
+        save_interval (str): A Composer time string. Default: ``'1dur'``, once, at the end.
+        precision (str): The dtype of the weights written: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
+            Default: ``'float32'``.
+
+    Raises:
+        ValueError: If there is no such dtype, or the model of the run is no ``HuggingFaceModel``.
     """
 
     def __init__(self, save_folder: str, save_interval: str = '1dur', precision: str = 'float32') -> None:
@@ -124,6 +128,8 @@ class HuggingFaceCheckpointer(Callback):
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Write when a checkpoint is due."""
         del logger
+        if event == Event.INIT:
+            _trained_model(state)
         batch = state.timestamp.batch
         is_due = state.get_elapsed_duration() is not None and self.check_interval(state, event)
         if is_due and batch != self.last_checkpoint_batch:
@@ -131,8 +137,7 @@ class HuggingFaceCheckpointer(Callback):
             self._save(state, Path(self.save_folder.replace('{batch}', str(batch.value))))
 
     def _save(self, state: State, folder: Path) -> None:
-        composer_model = state.model.module if state.is_model_ddp else state.model
-        assert isinstance(composer_model, HuggingFaceModel)
+        composer_model = _trained_model(state)
         # Collective under FSDP: every rank takes part in gathering, and rank 0 gets the tensors.
         gathered = get_model_state_dict(
             composer_model.model,
@@ -150,6 +155,16 @@ class HuggingFaceCheckpointer(Callback):
                 _write(composer_model, weights, unfinished)
                 write_manifest(unfinished, next(holding, TRAINING), {'step': state.timestamp.batch.value})
         dist.barrier()
+
+
+def _trained_model(state: State) -> HuggingFaceModel:
+    model = state.model.module if state.is_model_ddp else state.model
+    if not isinstance(model, HuggingFaceModel):
+        raise ValueError(
+            f'HuggingFaceCheckpointer writes models of transformers, and a {type(model).__name__} is no '
+            "HuggingFaceModel: wrap the model in one, or save it with the Trainer's save_folder alone.",
+        )
+    return model
 
 
 def _write(composer_model: HuggingFaceModel, weights: dict[str, LazyTensor], folder: Path) -> None:

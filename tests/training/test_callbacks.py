@@ -93,6 +93,11 @@ def test_writing_leaves_the_run_as_it_is(tmp_path):
     assert [model.config.to_dict() for model in models] == configs
 
 
+def test_a_model_that_is_not_of_transformers_is_refused_before_it_is_trained(tmp_path):
+    with pytest.raises(ValueError, match='a ComposerClassifier is no HuggingFaceModel: wrap'):
+        make_trainer(callbacks=[HuggingFaceCheckpointer(str(tmp_path / 'hf'))])
+
+
 def flops_of(rows):
     """The FLOPs by step; each step's rows say the same."""
     logged = {(row['batch'], row['flops/total']) for row in rows if 'flops/total' in row}
