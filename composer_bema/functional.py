@@ -86,7 +86,7 @@ class LoopState(AverageState):
 
     def count_step(self, model: torch.nn.Module) -> bool:
         """Counts one optimizer step, takes theta_0 at tau, updates when due, and returns whether it updated."""
-        self._require_training_weights('compute_average')
+        self._require_training_weights('compute_average', model)
         self.step += 1
         if not self.started:
             self._start_if_reached(model)

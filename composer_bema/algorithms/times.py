@@ -44,6 +44,9 @@ def parse_time(name: str, value: Any, *, positive: bool) -> Time:
         time = Time.from_input(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f'{name} must be {_FORM}, but is {value!r}.') from error
+    if time.unit == TimeUnit.SECOND and isinstance(value, str) and not any(map(str.isalpha, value)):
+        # Composer reads a time of day in what has no unit.
+        raise ValueError(f'{name} must be {_FORM}, but is {value!r}, which has no unit.')
     if time.unit == TimeUnit.SECOND:
         raise ValueError(f'{name}={value!r} counts wall-clock time, which no two runs share; count steps or tokens.')
     if not (math.isfinite(time.value) and (time.value > 0 if positive else time.value >= 0)):

@@ -341,8 +341,8 @@ class WeightAveraging(Algorithm):
 
     def _swap_in(self, state: State, purpose: Purpose) -> None:
         swap_out_all(state)
-        self.swapped_for = purpose
         self.average.swap_in(state.model)
+        self.swapped_for = purpose
 
     def swap_out(self) -> None:
         """Puts the training weights back into the model, if the average is there."""

@@ -12,7 +12,18 @@ import torch
 
 from composer_bema.averaging.files import copy_in_file
 
-__all__ = ['buffer_dtype', 'is_inexact', 'kept_copy', 'kept_snapshot', 'narrow_dtype', 'parse_device', 'parse_folder']
+__all__ = [
+    'buffer_dtype',
+    'is_inexact',
+    'kept_copy',
+    'kept_snapshot',
+    'narrow_dtype',
+    'parse_device',
+    'parse_folder',
+    'why_not_kept',
+]
+
+_AVERAGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def parse_device(device: Optional[Union[torch.device, str]]) -> Optional[torch.device]:
@@ -47,8 +58,10 @@ def kept_copy(
     device: Optional[torch.device],
 ) -> torch.Tensor:
     """Returns a copy where the buffers of ``live`` are kept; host memory is pinned for an accelerator's weights."""
-    copy = tensor.to(device=live.device if device is None else device, dtype=dtype, copy=True)
-    return copy.pin_memory() if copy.device.type == 'cpu' and live.device.type == 'cuda' else copy
+    # In inference mode it could be written to in no other.
+    with torch.inference_mode(False):
+        copy = tensor.to(device=live.device if device is None else device, dtype=dtype, copy=True)
+        return copy.pin_memory() if copy.device.type == 'cpu' and live.device.type == 'cuda' else copy
 
 
 def kept_snapshot(
@@ -59,10 +72,20 @@ def kept_snapshot(
     folder: Optional[Path],
 ) -> torch.Tensor:
     """Returns a copy where the snapshots of ``live`` are kept; not pinned, for there may be many."""
-    if folder is None:
-        return tensor.to(device=live.device if device is None else device, dtype=dtype, copy=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return copy_in_file(tensor, dtype, folder)
+    with torch.inference_mode(False):
+        if folder is None:
+            return tensor.to(device=live.device if device is None else device, dtype=dtype, copy=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return copy_in_file(tensor, dtype, folder)
+
+
+def why_not_kept(tensor: torch.Tensor, is_averaged: bool) -> Optional[str]:
+    """Returns why a tensor cannot be averaged, or copied at updates and exchanged at swaps; None if it can."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f'is {"quantized" if tensor.is_quantized else f"of the layout {tensor.layout}"}'
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return 'is expanded, so that elements of it share memory'
+    return f'is {tensor.dtype}' if is_averaged and tensor.dtype not in _AVERAGED else None
 
 
 def is_inexact(tensor: torch.Tensor) -> bool:
@@ -72,7 +95,7 @@ def is_inexact(tensor: torch.Tensor) -> bool:
 
 def buffer_dtype(tensor: torch.Tensor) -> torch.dtype:
     """An average kept in 16 bits loses small updates; fp64 weights keep their precision."""
-    return torch.promote_types(tensor.dtype, torch.float32) if is_inexact(tensor) else tensor.dtype
+    return torch.promote_types(tensor.dtype, torch.float32) if tensor.dtype in _AVERAGED else tensor.dtype
 
 
 def narrow_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -89,23 +89,44 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
 def exchange(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> None:
     """Exchanges the values of two lists of tensors that agree in shape, dtype and device, bit for bit.
 
-    No memory is in the lists twice: :func:`exchange_groups` tells such pairs apart.
+    What it does in one launch or one loop, of which there is one for each of the :func:`exchange_groups`, it does as a
+    whole or not at all. No memory is in the lists twice.
     """
     pairs = list(zip(left, right, strict=True))
     fused, at_once, others = _split_exchange(pairs)
     if fused:
         fused.exchange([pairs[i] for i in at_once])
+    _exchange_chunks([pairs[i] for i in others])
+
+
+def _exchange_chunks(pairs: Sequence[_Operands]) -> None:
+    chunks = list(itertools.chain.from_iterable(map(_aligned_chunks, pairs)))
+    # All memory is had before the first value is touched, that to undo it among it.
+    memory = {'exchange': [a for a, _ in chunks]}
+    spare = _Scratch(memory)
+    traded: list[_Operands] = []
 
     def trade(chunks: _Operands, scratch: _Scratch) -> None:
-        a, b = chunks
-        a_values = scratch.take('exchange', a).copy_(a)
+        _trade(chunks, scratch)
+        traded.append(chunks)
+
+    try:
+        _share_out(trade, chunks, pairs, memory)
+    except BaseException:
+        for of_one in traded:
+            _trade(of_one, spare)
+        raise
+
+
+def _trade(chunks: _Operands, scratch: _Scratch) -> None:
+    a, b = chunks
+    a_values = scratch.take('exchange', a).copy_(a)
+    try:
         a.copy_(b)
         b.copy_(a_values)
-
-    remaining = [pairs[i] for i in others]
-    chunks = list(itertools.chain.from_iterable(map(_aligned_chunks, remaining)))
-    # Memory that cannot be had stops it before the first value is touched.
-    _share_out(trade, chunks, remaining, reserved={'exchange': [a for a, _ in chunks]})
+    except BaseException:
+        a.copy_(a_values)
+        raise
 
 
 def exchange_groups(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -269,20 +290,18 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 class _Scratch:
-    """Chunk-sized temporaries, allocated once a pass and handed out again for every chunk."""
+    """Chunk-sized temporaries, allocated once a pass and handed out again for every chunk.
 
-    def __init__(self) -> None:
+    Args:
+        reserved (Mapping[str, Sequence[torch.Tensor]], optional): What to allocate right away: for each role, what it
+            takes for any of some tensors.
+    """
+
+    def __init__(self, reserved: Optional[Mapping[str, Sequence[torch.Tensor]]] = None) -> None:
         self._memory: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
-
-    def reserve(self, role: str, likes: Iterable[torch.Tensor]) -> None:
-        """Allocates what `take` will hand out for any of ``likes``."""
-        largest: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-        for like in likes:
-            known = largest.setdefault((like.dtype, like.device), like)
-            if like.numel() > known.numel():
-                largest[like.dtype, like.device] = like
-        for like in largest.values():
-            self.take(role, like)
+        for role, likes in (reserved or {}).items():
+            for like in sorted(likes, key=torch.numel, reverse=True):
+                self.take(role, like)
 
     def take(self, role: str, like: torch.Tensor) -> torch.Tensor:
         """Returns uninitialised memory of the shape, dtype and device of ``like``, one per role."""
@@ -316,14 +335,12 @@ def _share_out(
         function (Callable[[Piece, _Scratch], Result]): The function.
         pieces (Iterable[Piece]): The pieces.
         tuples (Sequence[tuple[torch.Tensor, ...]]): What the pieces are of.
-        reserved (Mapping[str, Sequence[torch.Tensor]], optional): What memory to have, for each role like that of any
-            of some tensors, before the function is called at all.
+        reserved (Mapping[str, Sequence[torch.Tensor]], optional): The memory to have before the function is called at
+            all, as for :class:`_Scratch`.
     """
 
     def make_worker() -> Callable[[Piece], Result]:
-        scratch = _Scratch()
-        for role, likes in (reserved or {}).items():
-            scratch.reserve(role, likes)
+        scratch = _Scratch(reserved)
         return lambda piece: function(piece, scratch)
 
     if not all(tensor.device.type == 'cpu' for tensors in tuples for tensor in tensors):

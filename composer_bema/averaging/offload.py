@@ -46,7 +46,7 @@ class Updater:
         self._staging = Staging()
         # The worker is started when it is needed, and ends with the updater, or with the process once its work is done.
         self._worker: Optional[ThreadPoolExecutor] = None
-        # The newest update of the worker; it stays here if it failed, for the buffers stay as it left them.
+        # The newest update of the worker, or one that failed, which stays here as long as the buffers are those.
         self._newest: Optional[Future[None]] = None
 
     def __reduce__(self) -> tuple[type[Updater], tuple[()]]:
@@ -56,11 +56,12 @@ class Updater:
         """Applies updates, or has them applied from the weights as they are now.
 
         Raises:
-            RuntimeError: If the last ones failed in the worker.
+            RuntimeError: If the last ones failed.
+            BaseException: What these fail with, unless a worker applies them.
         """
         self.wait()
         if not is_offloaded(updates):
-            _apply(updates)
+            self._apply_here(updates)
             return
         copies, await_copies = self._staging.copy([tensor for update in updates for tensor in update.theta])
         remaining = iter(copies)
@@ -70,17 +71,26 @@ class Updater:
         modes = torch.get_num_threads(), torch.is_inference_mode_enabled()
         self._newest = self._worker.submit(_apply_when_copied, staged, await_copies, *modes)
 
+    def _apply_here(self, updates: Sequence[Update]) -> None:
+        try:
+            _apply(updates)
+        except BaseException as error:
+            self._newest = Future()
+            # The error itself would keep its frames, and all that is in them.
+            self._newest.set_exception(RuntimeError(f'{type(error).__name__}: {error}'))
+            raise
+
     def wait(self) -> None:
         """Waits for the worker.
 
         Raises:
-            RuntimeError: If its updates failed, every time until :meth:`forget`.
+            RuntimeError: If updates have failed, here or there, every time until :meth:`forget`.
         """
         self.settle()
         error = None if self._newest is None else self._newest.exception()
         if error is not None:
             raise RuntimeError(
-                f'The last update in host memory failed, so that a part of the average may lack it ({error!r}): load a '
+                f'The last update failed, so that a part of the average may lack it ({error!r}): load a '
                 'checkpoint from before it, or start the average anew.',
             ) from error
         self._newest = None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from composer_bema.averaging.sharding import Shard, reshard, shards_by_id
 
@@ -35,12 +35,12 @@ _KEPT_OUT = '_is_kept_out_of_averages'
 def canonical_names(model: torch.nn.Module, names: list[str]) -> list[str]:
     """Returns names as the unwrapped model would give them.
 
-    DDP's ``module.`` is dropped only where a ``DistributedDataParallel`` put it: elsewhere it is a fair name.
+    ``module.`` is dropped only where torch's data parallelism put it: elsewhere it is a fair name.
     """
     ddp_prefixes = [
         f'{name}.module.' if name else 'module.'
         for name, module in model.named_modules()
-        if isinstance(module, DistributedDataParallel)
+        if isinstance(module, (DistributedDataParallel, DataParallel))
     ]
     # The innermost wrapper first, so that dropping one prefix leaves the outer ones as they were.
     ddp_prefixes.sort(key=len, reverse=True)

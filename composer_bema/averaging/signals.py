@@ -12,9 +12,6 @@ from collections.abc import Iterator
 
 __all__ = ['uninterrupted']
 
-# Those that end a run, and for which Python has handlers that may raise at any line: ^C, and what a scheduler sends.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
@@ -26,8 +23,8 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     held: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    # What is handled by the system, or ignored, raises nothing here.
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    # What is handled by the system, or ignored, raises nothing here; Python's handlers may, at any line.
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
         for number in handlers:
@@ -35,7 +32,7 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         # ^C comes back last, lest it interrupt this.
-        for number in reversed(handlers):
+        for number in sorted(handlers, key=lambda number: number == signal.SIGINT):
             signal.signal(number, handlers[number])
         for number in held:
             signal.raise_signal(number)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 
 from composer_bema.averaging import kernels
+from composer_bema.averaging.decay import require_number
 from composer_bema.averaging.digests import digests_of
 from composer_bema.averaging.keeping import (
     buffer_dtype,
@@ -25,6 +26,7 @@ from composer_bema.averaging.keeping import (
     narrow_dtype,
     parse_device,
     parse_folder,
+    why_not_kept,
 )
 from composer_bema.averaging.offload import Update, Updater
 from composer_bema.averaging.parameters import (
@@ -53,7 +55,7 @@ from composer_bema.averaging.saving import (
 )
 from composer_bema.averaging.sharding import FlatShard, Shard, gather, share, sum_over_ranks
 from composer_bema.averaging.signals import uninterrupted
-from composer_bema.averaging.swapping import Swap
+from composer_bema.averaging.swapping import Swap, holds_an_average
 
 __all__ = ['AverageState', 'NonFinite']
 
@@ -145,7 +147,7 @@ class AverageState:
 
     def start(self, model: torch.nn.Module) -> None:
         """Takes every buffer, theta_0 included, from the weights of ``model``."""
-        self._require_training_weights('start')
+        self._require_training_weights('start', model)
         averaged = self._averaged_tensors(model)
         if not averaged[0][1]:
             raise ValueError('The model has no trainable parameters, so there is nothing to average.')
@@ -171,11 +173,14 @@ class AverageState:
 
         Raises:
             FloatingPointError: If a weight is not finite and ``nonfinite='raise'``.
-            RuntimeError: If the buffers have not been taken, or a model holds the average.
-            ValueError: If a parameter has become trainable since, or an averaged one is gone.
+            RuntimeError: If the buffers have not been taken, the model holds an average, or an update has failed.
+            TypeError: If ``elapsed`` is no number.
+            ValueError: If a parameter has become trainable since, or an averaged one is gone, or if ``elapsed`` is
+                negative or not finite.
         """
+        require_number('elapsed', elapsed)
         self._require_start()
-        self._require_training_weights('update')
+        self._require_training_weights('update', model)
         theta = self._tensors_to_average(named_tensors(model))
         if self.nonfinite != 'ignore' and not self._all_finite(theta, step):
             self.num_skipped += 1
@@ -241,7 +246,7 @@ class AverageState:
     def swap_in(self, model: torch.nn.Module) -> None:
         """Puts the average into ``model``, to be taken out again by :meth:`swap_out`."""
         self._require_start()
-        self._require_training_weights('swap_in')
+        self._require_training_weights('swap_in', model)
         self._swap = Swap(model, self._kept_average())
         try:
             self._swap.put_in()
@@ -275,7 +280,7 @@ class AverageState:
     def distance(self, model: torch.nn.Module) -> float:
         """Returns the Euclidean distance between the average and the training weights in ``model``, parameters only."""
         self._require_start()
-        self._require_training_weights('distance')
+        self._require_training_weights('distance', model)
         average = self._groups[0].average
         live = matching_tensors(average, named_tensors(model))
         whole = [n for n in live if n not in self._shards]
@@ -327,7 +332,7 @@ class AverageState:
             ValueError: If a buffer, a tensor's name or a shape is missing, unexpected or different, values are not
                 those that were saved, or the rule lays out its buffers in another way. Nothing is changed then.
         """
-        self._require_training_weights('load_state_dict')
+        self._require_training_weights('load_state_dict', model)
         # What was saved may be this state's own memory.
         self._updater.settle()
         self._require_layout(state)
@@ -358,6 +363,13 @@ class AverageState:
         buffers = {n: local_tensor(b) for n, b in named_persistent_buffers(model).items() if n not in kept_out}
         statistics = {n: b for n, b in buffers.items() if self.average_buffers and is_inexact(b)}
         copied = {n: b for n, b in buffers.items() if n not in statistics}
+        for n, tensor in {**parameters, **buffers}.items():
+            reason = why_not_kept(tensor, is_averaged=n not in copied)
+            if reason is not None:
+                raise ValueError(
+                    f"'{n}' {reason}, of which there is no average: make it a dense tensor of floats or integers, or a "
+                    'buffer with persistent=False.'
+                )
         return [(self.rule, parameters), (self.rule.statistics, statistics), (Latest(), copied)]
 
     @torch.no_grad()
@@ -495,11 +507,10 @@ class AverageState:
         if not self.num_updates:
             raise RuntimeError('There was no update yet, so there is no average to give.')
 
-    def _require_training_weights(self, call: str) -> None:
-        if self.swapped:
-            raise RuntimeError(
-                f'{call} needs the training weights in the model, but the average is there: swap_out first.'
-            )
+    def _require_training_weights(self, call: str, model: torch.nn.Module) -> None:
+        if self.swapped or holds_an_average(model):
+            which = 'the average' if self.swapped else 'another average'
+            raise RuntimeError(f'{call} needs the training weights in the model, but {which} is there: swap_out first.')
 
 
 def _require_no_newcomers(named: Mapping[str, torch.Tensor], averaged: Collection[str]) -> None:

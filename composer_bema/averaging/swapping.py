@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +14,15 @@ from composer_bema.averaging import kernels
 from composer_bema.averaging.parameters import matching_tensors, named_tensors
 from composer_bema.averaging.signals import uninterrupted
 
-__all__ = ['Swap']
+__all__ = ['Swap', 'holds_an_average']
+
+# Modules that hold an average, and the swap that has put it there.
+_holders: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Swap]] = weakref.WeakKeyDictionary()
+
+
+def holds_an_average(model: torch.nn.Module) -> bool:
+    """Returns whether a swap has put an average into a model, or into a part of it, and has not taken it out again."""
+    return bool(_holders) and any(_holders[m]() is not None for m in model.modules() if m in _holders)
 
 
 class Swap:
@@ -44,6 +53,7 @@ class Swap:
     def put_in(self) -> None:
         """Puts the average into the model."""
         live = self._live(self._average)
+        _holders.update({module: weakref.ref(self) for module in self._model.modules()})
         for n in self._stash:
             live[n].copy_(self._average[n])
         exchanged = [n for n in live if n not in self._stash]
@@ -66,6 +76,8 @@ class Swap:
                 _exchange(names, live, resting)
                 for n in names:
                     del self._exchanged[n]
+        for module in self._model.modules():
+            _holders.pop(module, None)
 
     @property
     def in_model(self) -> frozenset[str]:

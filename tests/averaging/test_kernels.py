@@ -3,6 +3,7 @@
 
 """The kernels agree with a slow and obvious float64 reference, whatever the tensors look like in memory."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -231,9 +232,9 @@ def test_an_exchange_takes_scalars_and_empty_tensors():
 
 
 @pytest.mark.usefixtures('small_chunks')
-@pytest.mark.parametrize('failing', [1, 2, 3, 4])
+@pytest.mark.parametrize('failing', [1, 2, 3, 4, 5, 6])
 def test_an_exchange_that_finds_no_memory_has_done_nothing(monkeypatch, failing):
-    """Each of two threads has room for the largest chunk of either dtype before one begins."""
+    """Each of two threads, and who would have to undo it, has room for a chunk of either dtype before one begins."""
     left = [torch.ones(3), torch.ones(4 * CHUNK), torch.ones(4 * CHUNK, dtype=torch.float64)]
     right = [torch.zeros_like(tensor) for tensor in left]
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
@@ -252,8 +253,21 @@ def test_an_exchange_that_finds_no_memory_has_done_nothing(monkeypatch, failing)
     assert all((tensor == 1).all() for tensor in left)
     assert all((tensor == 0).all() for tensor in right)
     kernels.exchange(left, right)
-    assert allocated == [CHUNK] * (failing + 4)
+    assert allocated == [CHUNK] * (failing + 6)
     assert all((tensor == 0).all() for tensor in left)
+
+
+@pytest.mark.usefixtures('small_chunks')
+@pytest.mark.parametrize('bad', [0, 1, 2])
+def test_an_exchange_that_fails_on_the_way_has_done_nothing(bad):
+    """Two values of one piece of memory cannot be written to; what was exchanged before them is put back."""
+    for side in (0, 1):
+        pairs = [[torch.ones(3 * CHUNK + 5), torch.zeros(3 * CHUNK + 5)] for _ in range(3)]
+        pairs[bad][side] = torch.full((1,), 7.0).expand(3 * CHUNK + 5)
+        before = [[tensor.clone() for tensor in pair] for pair in pairs]
+        with pytest.raises(RuntimeError, match='more than one element'):
+            kernels.exchange(*zip(*pairs, strict=True))
+        assert all(map(torch.equal, itertools.chain(*pairs), itertools.chain(*before)))
 
 
 @pytest.mark.usefixtures('any_chunks')

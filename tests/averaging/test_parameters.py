@@ -97,6 +97,7 @@ def test_the_real_compile_wrapper_keeps_names():
         (Holder(net=Holder(module=torch.nn.Linear(2, 2))), ['net.module.weight', 'net.module.bias']),
         # DDP around such a model puts one `module.` more, and only that one goes.
         (ddp(Holder(module=torch.nn.Linear(2, 2))), ['module.weight', 'module.bias']),
+        (torch.nn.DataParallel(Holder(module=torch.nn.Linear(2, 2))), ['module.weight', 'module.bias']),
         (ddp(Holder(net=Holder(module=torch.nn.Linear(2, 2)))), ['net.module.weight', 'net.module.bias']),
         (ddp(Holder(module=ddp(torch.nn.Linear(2, 2)))), ['module.weight', 'module.bias']),
         (ddp(Holder(module=ddp(Holder(module=torch.nn.Linear(2, 2))))), ['module.module.weight', 'module.module.bias']),

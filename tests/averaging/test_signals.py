@@ -19,7 +19,7 @@ class Terminated(Exception):
     """What a handler of SIGTERM may raise."""
 
 
-@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM, signal.SIGALRM])
 def number(request):
     """A signal that raises; ^C is ignored where the tests are run in the background."""
 
@@ -29,13 +29,14 @@ def number(request):
     before = handlers()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGALRM, terminate)
     yield request.param
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def handlers():
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
 
 
 def test_a_signal_waits_for_the_end_of_the_block(number):

@@ -4,7 +4,9 @@
 """What an average remembers of a model, and that no weight is lost on the way into the model and back."""
 
 import copy
+import gc
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_bema.averaging import BEMA, EMA, AverageState, ConstantDecay, bema_rule, ema_rule, kernels
 from composer_bema.averaging.digests import digests_of
@@ -722,6 +725,114 @@ def test_before_the_first_update_the_training_weights_are_applied(make_mlp, star
             assert differ(weights_of(model), moved)
 
 
+@pytest.mark.parametrize(
+    ('elapsed', 'error'), [(-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError), ('3', TypeError)]
+)
+def test_a_time_that_makes_no_coefficient_is_an_error(make_mlp, elapsed, error):
+    """It would poison the average, or weigh it negatively, past any guard of the weights."""
+    model = make_mlp()
+    state = averaging(model)
+    before = buffers_of(state)
+    with pytest.raises(error, match='^elapsed must be'):
+        state.update(model, 4, elapsed=elapsed)
+    assert_same(buffers_of(state), before)
+    assert state.num_updates == 3
+
+
+def test_an_update_that_failed_halfway_is_remembered(make_mlp, monkeypatch, tmp_path):
+    """Until the buffers are others: nobody goes on from half an update, or saves it."""
+    model = make_mlp()
+    state = averaging(model)
+    saved = saved_and_loaded(state.state_dict())
+    move(model)
+
+    def fail(step, theta, buffers):
+        apply_step(step, theta[:1], {name: tensors[:1] for name, tensors in buffers.items()})
+        raise torch.OutOfMemoryError('no room for a chunk')
+
+    monkeypatch.setattr(kernels, 'apply_step', fail)
+    with pytest.raises(torch.OutOfMemoryError, match='^no room'):
+        state.update(model, 4)
+    monkeypatch.undo()
+    for use in (lambda: state.update(model, 4), state.state_dict, state.average, lambda: state.swap_in(model)):
+        with pytest.raises(RuntimeError, match='The last update failed.*OutOfMemoryError: no room for a chunk'):
+            use()
+    assert state.num_updates == 3
+    state.load_state_dict(saved, model)
+    assert_same(buffers_of(state), saved['buffers'])
+    state.update(model, 4)
+
+
+def test_two_averages_of_one_model_do_not_average_each_other(make_mlp):
+    model = make_mlp()
+    state, other = averaging(model), averaging(model)
+    training, buffers = weights_of(model), buffers_of(other)
+    wrapped = torch.nn.Sequential(model)
+    with state.applied_to(model):
+        for use in (
+            lambda: other.update(model, 4),
+            lambda: other.swap_in(model),
+            lambda: other.start(model),
+            lambda: other.distance(model),
+            lambda: make_state().start(wrapped),
+        ):
+            with pytest.raises(RuntimeError, match='needs the training weights in the model, but another average is'):
+                use()
+        make_state().start(make_mlp())
+    assert_same(weights_of(model), training)
+    assert_same(buffers_of(other), buffers)
+    other.update(model, 4)
+
+
+def test_an_average_that_is_gone_holds_nothing(make_mlp):
+    model = make_mlp()
+    state = averaging(model)
+    state.swap_in(model)
+    del state
+    gc.collect()
+    make_state().start(model)
+
+
+def test_buffers_that_were_taken_in_inference_mode_can_be_written_to_outside_of_it(make_mlp):
+    model = make_mlp()
+    state = make_state()
+    with torch.inference_mode():
+        state.start(model)
+    move(model)
+    state.update(model, 1)
+    with torch.inference_mode():
+        state.load_state_dict(saved_and_loaded(state.state_dict()), model)
+    state.update(model, 2)
+
+
+@pytest.mark.parametrize(
+    ('tensor', 'reason'),
+    [
+        (torch.ones(1).expand(5), 'is expanded, so that elements of it share memory'),
+        (torch.eye(3).to_sparse(), r'is of the layout torch\.sparse_coo'),
+        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), 'is quantized'),
+        (torch.ones(3).to(torch.float8_e4m3fn), r'is torch\.float8_e4m3fn'),
+    ],
+)
+def test_what_has_no_average_is_named_before_anything_is_averaged(make_mlp, tensor, reason):
+    model = make_mlp()
+    model.register_buffer('strange', tensor)
+    with pytest.raises(ValueError, match=f"^'strange' {reason}, of which there is no average: make it"):
+        make_state().start(model)
+    model.register_buffer('strange', tensor, persistent=False)
+    make_state().start(model)
+
+
+def test_a_buffer_that_is_only_copied_may_have_any_dtype(make_mlp):
+    model = make_mlp()
+    model.register_buffer('scales', torch.ones(3).to(torch.float8_e4m3fn))
+    state = started(model, average_buffers=False)
+    model.scales.copy_(torch.full((3,), 2.0))
+    state.update(model, 1)
+    with state.applied_to(model):
+        assert model.scales.float().tolist() == [2.0] * 3
+
+
 # ------------------------------------------------------------------------------------------------------- interruption
 
 
@@ -739,7 +850,7 @@ class InterruptedAt:
         exchange(left, right)
 
 
-exchange = kernels.exchange
+exchange, apply_step = kernels.exchange, kernels.apply_step
 
 
 @pytest.fixture
@@ -864,6 +975,52 @@ def test_a_state_saved_after_an_interrupted_swap_out_loses_nothing(make_mlp, mon
     resumed.load_state_dict(file['state'], other)
     assert_same(weights_of(other), training)
     assert_same(buffers_of(resumed), buffers)
+
+
+class FailingAt(TorchDispatchMode):
+    """Lets the operation of that number find no memory."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.number:
+            raise MemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', ['float32', 'bfloat16', 'mixed'])
+def test_a_swap_of_which_any_operation_fails_loses_nothing(make_mlp, name):
+    """On the way in all is as it was; on the way out a second try ends it."""
+    model = MODELS[name](make_mlp)
+    state = averaging(model)
+    training, buffers = weights_of(model), buffers_of(state)
+    failures = {state.swap_in: 0, state.swap_out: 0}
+    for number in itertools.count(1):
+        try:
+            with FailingAt(number):
+                state.swap_in(model)
+        except MemoryError:
+            failures[state.swap_in] += 1
+            assert not state.swapped
+            assert_same(weights_of(model), training)
+            assert_same(buffers_of(state), buffers)
+            state.swap_in(model)
+        try:
+            with FailingAt(number):
+                state.swap_out()
+        except MemoryError:
+            failures[state.swap_out] += 1
+            state.swap_out()
+        assert not state.swapped
+        assert_same(weights_of(model), training)
+        assert_same(buffers_of(state), buffers)
+        if max(failures.values()) < number - 1:
+            break
+    assert min(failures.values()) > 10
 
 
 # ----------------------------------------------------------------------------------------------------- save and load
