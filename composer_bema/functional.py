@@ -124,7 +124,7 @@ def init_bema(
     lag: float = DEFAULTS.lag,
     multiplier: float = DEFAULTS.multiplier,
     min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
-    half_life: Optional[float] = None,
+    half_life: Optional[Union[float, str]] = None,
     average_buffers: bool = True,
     nonfinite: NonFinite = 'raise',
     device: Optional[Union[torch.device, str]] = None,
@@ -150,7 +150,7 @@ def init_bema(
         lag (float): rho, the virtual starting age in steps.
         multiplier (float): gamma, the pace at which both schedules age.
         min_ema_multiplier (float): m, the floor of beta, in [0, 1].
-        half_life (float, optional): In steps. Replaces ``ema_power`` by the constant
+        half_life (float | str, optional): In steps, ``10`` or ``'10ba'``. Replaces ``ema_power`` by the constant
             :math:`\beta = 1 - 2^{-\phi / \text{half\_life}}`.
         average_buffers (bool): Whether floating-point module buffers are averaged too, or copied.
         nonfinite (str): ``'raise'``, ``'skip'`` or ``'ignore'`` updates from weights that hold a NaN or an infinity.
@@ -166,7 +166,7 @@ def init_bema(
         ValueError: If a setting is out of its range.
     """
     return LoopState(
-        bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, half_life),
+        bema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, _half_life(half_life)),
         model,
         update_freq=default_update_freq(half_life) if update_freq is None else update_freq,
         update_after=update_after,
@@ -196,7 +196,7 @@ def compute_bema(model: torch.nn.Module, state: LoopState) -> bool:
 def init_ema(
     model: torch.nn.Module,
     *,
-    half_life: Optional[float] = None,
+    half_life: Optional[Union[float, str]] = None,
     smoothing: Optional[float] = None,
     update_freq: Optional[Steps] = None,
     update_after: Steps = DEFAULTS.update_after,
@@ -211,7 +211,7 @@ def init_ema(
     """Starts the plain EMA of a model's weights: BEMA without its correction, or with a constant rate.
 
     Args:
-        half_life (float, optional): In steps; as in :func:`init_bema`.
+        half_life (float | str, optional): In steps; as in :func:`init_bema`.
         smoothing (float, optional): Replaces ``ema_power`` by the constant beta = 1 - smoothing at every update, in
             [0, 1). ``update_freq`` then defaults to ``1``.
 
@@ -221,7 +221,7 @@ def init_ema(
         LoopState: The state to hand to :func:`compute_ema`. It keeps one fp32 buffer a parameter.
     """
     return LoopState(
-        ema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life, smoothing),
+        ema_rule(ema_power, lag, multiplier, min_ema_multiplier, _half_life(half_life), smoothing),
         model,
         update_freq=default_update_freq(half_life, smoothing) if update_freq is None else update_freq,
         update_after=update_after,
@@ -239,7 +239,7 @@ def compute_ema(model: torch.nn.Module, state: LoopState) -> bool:
 def init_dema(
     model: torch.nn.Module,
     *,
-    half_life: Optional[float] = None,
+    half_life: Optional[Union[float, str]] = None,
     smoothing: Optional[float] = None,
     update_freq: Optional[Steps] = None,
     update_after: Steps = DEFAULTS.update_after,
@@ -259,7 +259,7 @@ def init_dema(
         LoopState: The state to hand to :func:`compute_average`. It keeps three fp32 buffers a parameter.
     """
     return LoopState(
-        dema_rule(ema_power, lag, multiplier, min_ema_multiplier, half_life, smoothing),
+        dema_rule(ema_power, lag, multiplier, min_ema_multiplier, _half_life(half_life), smoothing),
         model,
         update_freq=default_update_freq(half_life, smoothing) if update_freq is None else update_freq,
         update_after=update_after,
@@ -279,7 +279,7 @@ def init_ouema(
     lag: float = DEFAULTS.lag,
     multiplier: float = DEFAULTS.multiplier,
     min_ema_multiplier: float = DEFAULTS.min_ema_multiplier,
-    half_life: Optional[float] = None,
+    half_life: Optional[Union[float, str]] = None,
     average_buffers: bool = True,
     nonfinite: NonFinite = 'raise',
     device: Optional[Union[torch.device, str]] = None,
@@ -297,7 +297,7 @@ def init_ouema(
     """
     tau = _steps('update_after', update_after, at_least=0)
     return LoopState(
-        ouema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, half_life, tau),
+        ouema_rule(ema_power, bias_power, lag, multiplier, min_ema_multiplier, _half_life(half_life), tau),
         model,
         update_freq=default_update_freq(half_life) if update_freq is None else update_freq,
         update_after=tau,
@@ -403,3 +403,8 @@ def _steps(name: str, value: Steps, at_least: int) -> int:
             f"{name} must be a number of steps of at least {at_least}, such as 400 or '400ba', but is {value!r}.",
         )
     return int(match[1])
+
+
+def _half_life(value: Optional[Union[float, str]]) -> Optional[float]:
+    """Reads a half-life given as a number of steps or as Composer writes batches."""
+    return float(_steps('half_life', value, at_least=1)) if isinstance(value, str) else value

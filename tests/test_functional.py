@@ -352,6 +352,12 @@ def test_a_half_life_is_one_of_steps_whatever_the_update_frequency(update_freq):
     assert by_updates.average()['weight'].item() == pytest.approx(0.5 ** (10 / update_freq), abs=1e-6)
 
 
+@pytest.mark.parametrize('initialise', [cf.init_bema, cf.init_ema, cf.init_dema, cf.init_ouema])
+def test_a_half_life_may_be_written_as_batches(initialise):
+    model = torch.nn.Linear(1, 1)
+    assert initialise(model, half_life='10ba').rule == initialise(model, half_life=10).rule
+
+
 @pytest.mark.parametrize('resumed_at', [None, 4, 5, 6])
 def test_a_half_life_counts_the_steps_of_a_skipped_update(resumed_at):
     """Time goes on while an update is left out, a resumption just then included: half is left after 10 steps."""
@@ -479,7 +485,11 @@ def test_a_swap_before_tau_is_an_error(trajectory):
         ({'min_ema_multiplier': 2}, ValueError, 'min_ema_multiplier must be between 0 and 1, but is 2.'),
         ({'lag': None}, TypeError, 'lag must be a number, but is None.'),
         ({'half_life': 0}, ValueError, 'half_life must be positive, but is 0.'),
-        ({'half_life': '10ba'}, TypeError, "half_life must be a number, but is '10ba'."),
+        (
+            {'half_life': '10ep'},
+            ValueError,
+            "half_life must be a number of steps of at least 1, such as 400 or '400ba', but",
+        ),
     ],
 )
 def test_a_bad_setting_is_an_error_that_names_it(init, settings, error, message):

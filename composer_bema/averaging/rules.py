@@ -280,15 +280,17 @@ def ema_rule(
     Raises:
         TypeError: If a setting is no number.
         ValueError: If a setting is out of its range, ``half_life`` and ``smoothing`` are both given, or
-            ``min_ema_multiplier`` is beside one of them and would do nothing.
+            ``ema_power`` or ``min_ema_multiplier`` is beside one of them and would do nothing.
     """
     if half_life is not None and smoothing is not None:
         raise ValueError('half_life and smoothing both fix the rate of the EMA: give one of them.')
     _require_numbers(lag=lag, multiplier=multiplier)
     require_number('min_ema_multiplier', min_ema_multiplier, at_most=1)
     constant = next((n for n, v in (('half_life', half_life), ('smoothing', smoothing)) if v is not None), None)
-    if constant is not None and min_ema_multiplier:
-        raise ValueError(f'min_ema_multiplier has no effect beside {constant}: leave out one of them.')
+    idle = {'ema_power': ema_power not in (None, DEFAULTS.ema_power), 'min_ema_multiplier': min_ema_multiplier != 0}
+    if constant is not None and any(idle.values()):
+        name = next(n for n in idle if idle[n])
+        raise ValueError(f'{name} has no effect beside {constant}: leave out one of them.')
     if smoothing is not None:
         require_number('smoothing', smoothing, at_most=1)
         if smoothing == 1:

@@ -508,6 +508,8 @@ class AverageState:
             raise RuntimeError('There was no update yet, so there is no average to give.')
 
     def _require_training_weights(self, call: str, model: torch.nn.Module) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f'{call} needs a torch.nn.Module, but the model is a {type(model).__name__}.')
         if self.swapped or holds_an_average(model):
             which = 'the average' if self.swapped else 'another average'
             raise RuntimeError(f'{call} needs the training weights in the model, but {which} is there: swap_out first.')

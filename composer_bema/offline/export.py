@@ -55,7 +55,10 @@ def export(
         chosen = opened.weights(weights, average)
         entry = opened.huggingface
         if not entry:
-            raise ValueError(f"The model in '{checkpoint}' is not a HuggingFaceModel of Composer, which export needs.")
+            raise ValueError(
+                f"The model in '{checkpoint}' is not a HuggingFaceModel of Composer, which export needs; of others "
+                "an algorithm's averaged_state_dict() has the average, and stabilize --format composer averages them."
+            )
         # An average has been kept in fp32, whatever its model's dtype.
         cast = {n: tensor.to(dtype or opened.model.get(n, tensor).dtype) for n, tensor in chosen.items()}
         specs = {n: tensor.spec for n, tensor in cast.items()}

@@ -18,6 +18,7 @@ from composer.utils import dist
 from omegaconf import OmegaConf
 from tabulate import tabulate
 
+from composer_bema.formats.composer import TRAINING
 from composer_bema.plots import plot_curves
 from composer_bema.training.config import ConfigError, TrainConfig
 
@@ -245,8 +246,13 @@ def evaluation_of(name: str) -> tuple[str, str]:
     return (label, metric) if group == 'metrics' and label != 'train' else ('', '')
 
 
-def report(folder: str | Path) -> str:
-    """Draw the evaluators' curves into the run's folder; return a table of their last losses, and the files' names."""
+def report(folder: str | Path, weights: Mapping[str, str]) -> str:
+    """Draw the evaluators' curves into the run's folder; return a table of their last losses, and the files' names.
+
+    Args:
+        folder: The run's folder.
+        weights: The average that an evaluator sees, by its label; others see the training weights.
+    """
     folder = Path(folder)
     records = read_metrics(folder / METRICS_FILE)
     files = {'settings': CONFIG_FILE, 'metrics': METRICS_FILE}
@@ -254,27 +260,32 @@ def report(folder: str | Path) -> str:
     table = ''
     if losses:
         plot_curves(losses, folder / CURVES_FILE, 'optimizer step', 'loss (nats per token)')
-        table = _table_of_losses(losses)
+        table = _table_of_losses(losses, weights)
     elif margins:
         plot_curves(margins, folder / CURVES_FILE, 'optimizer step', 'reward margin (nats)')
-        table = _table_of_preferences(records)
+        table = _table_of_preferences(records, weights)
     if table:
         files['curves'] = CURVES_FILE
     return table + ', '.join(f'{what}: {folder / name}' for what, name in files.items())
 
 
-def _table_of_losses(curves: Mapping[str, list[tuple[int, float]]]) -> str:
-    rows = [[label, *points[-1], perplexity(points[-1][1])] for label, points in curves.items()]
-    return tabulate(rows, ['evaluator', 'step', 'loss', 'perplexity'], floatfmt=('', '', '.4f', '.3f')) + '\n\n'
+def _table_of_losses(curves: Mapping[str, list[tuple[int, float]]], weights: Mapping[str, str]) -> str:
+    rows = [
+        [label, weights.get(label, TRAINING), *points[-1], perplexity(points[-1][1])]
+        for label, points in curves.items()
+    ]
+    headers = ['evaluator', 'weights', 'step', 'loss', 'perplexity']
+    return tabulate(rows, headers, floatfmt=('', '', '', '.4f', '.3f')) + '\n\n'
 
 
-def _table_of_preferences(records: list[dict[str, Any]]) -> str:
+def _table_of_preferences(records: list[dict[str, Any]], weights: Mapping[str, str]) -> str:
     columns = [evaluation_curves(records, metric) for metric in PREFERENCE_METRICS]
     rows = [
-        [label, points[-1][0], *(column[label][-1][1] for column in columns)] for label, points in columns[0].items()
+        [label, weights.get(label, TRAINING), points[-1][0], *(column[label][-1][1] for column in columns)]
+        for label, points in columns[0].items()
     ]
-    headers = ['evaluator', 'step', *PREFERENCE_METRICS.values()]
-    return tabulate(rows, headers, floatfmt=('', '', '.4f', '.4f', '.3f', '.4f', '.2f', '.2f')) + '\n\n'
+    headers = ['evaluator', 'weights', 'step', *PREFERENCE_METRICS.values()]
+    return tabulate(rows, headers, floatfmt=('', '', '', '.4f', '.4f', '.3f', '.4f', '.2f', '.2f')) + '\n\n'
 
 
 def perplexity(loss: float) -> float:

@@ -16,6 +16,7 @@ from composer.utils import dist, format_name_with_dist, get_device, reproducibil
 from composer.utils.file_helpers import is_uri
 from torch.distributed.checkpoint.api import CheckpointException
 
+from composer_bema.algorithms.weight_averaging import averages_among
 from composer_bema.formats.completeness import newest_complete_checkpoint, saved_checkpoints
 from composer_bema.training.checks import build_named, check_config, device_batch_size
 from composer_bema.training.config import ConfigError, TrainConfig
@@ -171,7 +172,17 @@ def train(config: TrainConfig) -> str:
             trainer.fit()
     finally:
         trainer.close()
-    return report(str(config.run_folder)) if dist.get_global_rank() == 0 else ''
+    return report(str(config.run_folder), _averages_seen(trainer)) if dist.get_global_rank() == 0 else ''
+
+
+def _averages_seen(trainer: Trainer) -> dict[str, str]:
+    """The average that each evaluator sees by now, by its label: before its first update it is not there."""
+    return {
+        evaluator.label: type(average).__name__
+        for average in averages_among(trainer.state.algorithms)
+        for evaluator in trainer.state.evaluators
+        if average.average.num_updates and (average.eval_labels is None or evaluator.label in average.eval_labels)
+    }
 
 
 def _check_packing(config: TrainConfig, model: HuggingFaceModel) -> None:

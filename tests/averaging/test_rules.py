@@ -247,6 +247,7 @@ def test_ouema_has_no_full_correction(zero):
         ({'smoothing': 0.9, 'multiplier': -1}, 'multiplier must be'),
         ({'half_life': 10, 'min_ema_multiplier': 2}, 'min_ema_multiplier must be'),
         ({'half_life': 10, 'min_ema_multiplier': 0.1}, 'min_ema_multiplier has no effect beside half_life'),
+        ({'half_life': 10, 'ema_power': 0.7}, 'ema_power has no effect beside half_life'),
         ({'smoothing': 0.9, 'min_ema_multiplier': 0.1}, 'min_ema_multiplier has no effect beside smoothing'),
     ],
 )

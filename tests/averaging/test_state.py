@@ -763,6 +763,15 @@ def test_an_update_that_failed_halfway_is_remembered(make_mlp, monkeypatch, tmp_
     state.update(model, 4)
 
 
+@pytest.mark.parametrize('call', ['start', 'update', 'swap_in', 'distance', 'load_state_dict'])
+def test_a_state_dict_is_no_model(make_mlp, call):
+    state = averaging(make_mlp())
+    model = make_mlp().state_dict()
+    arguments = {'update': (model, 4), 'load_state_dict': (state.state_dict(), model)}.get(call, (model,))
+    with pytest.raises(TypeError, match=rf'^{call} needs a torch\.nn\.Module, but the model is a OrderedDict'):
+        getattr(state, call)(*arguments)
+
+
 def test_two_averages_of_one_model_do_not_average_each_other(make_mlp):
     model = make_mlp()
     state, other = averaging(model), averaging(model)

@@ -97,9 +97,13 @@ def test_curves_are_the_evaluators_and_later_lines_win():
 
 
 def test_report(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text('{"batch": 7, "metrics/ema/LanguageCrossEntropy": 0.0}\n')
-    table, files = report(tmp_path).split('\n\n')
-    assert table.splitlines()[-1].split() == ['ema', '7', '0.0000', '1.000']
+    losses = {f'metrics/{label}/LanguageCrossEntropy': 0.0 for label in ('ema', 'held_out')}
+    (tmp_path / 'metrics.jsonl').write_text(json.dumps({'batch': 7, **losses}) + '\n')
+    table, files = report(tmp_path, {'ema': 'EMA'}).split('\n\n')
+    assert [line.split() for line in table.splitlines()[-2:]] == [
+        ['ema', 'EMA', '7', '0.0000', '1.000'],
+        ['held_out', 'training', '7', '0.0000', '1.000'],
+    ]
     for name in ('config.yaml', 'metrics.jsonl', 'curves.png'):
         assert str(tmp_path / name) in files
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
