@@ -13,9 +13,11 @@ from typing import Any, Optional, Union
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from composer_bema.formats.composer import AVERAGE, TRAINING, Checkpoint, open_checkpoint
-from composer_bema.formats.harmless import refuse_named_code
+from composer_bema.formats.foreign_code import ForeignCodeError, no_foreign_code
+from composer_bema.formats.harmless import refuse_named_code, refuse_named_model
 from composer_bema.formats.pretrained import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -209,7 +211,7 @@ def _load_exported(
 
 
 def _load(folder: Path, dtype: Optional[str], tokenizer: Optional[str]) -> tuple[Any, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model_class: Any = AutoModelForCausalLM
     if (folder / ADAPTER_CONFIG).is_file():
@@ -222,11 +224,21 @@ def _load(folder: Path, dtype: Optional[str], tokenizer: Optional[str]) -> tuple
         model_class = AutoPeftModelForCausalLM
     _require_no_named_code(folder)
     torch_dtype = dtype_named(dtype, 'dtype') or 'auto'
-    model = model_class.from_pretrained(folder, torch_dtype=torch_dtype, trust_remote_code=False)
+    with no_foreign_code(str(folder)):
+        model = model_class.from_pretrained(folder, torch_dtype=torch_dtype, trust_remote_code=False)
+    return model, _load_tokenizer(tokenizer or str(folder))
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     try:
-        return model, AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=False)
+        with no_foreign_code(name):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except ForeignCodeError:
+        raise
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"There is no tokenizer in '{tokenizer or folder}': name one with --tokenizer.") from error
+        raise ValueError(f"There is no tokenizer in '{name}': name one with --tokenizer.") from error
 
 
 def _require_no_named_code(folder: Path) -> None:
@@ -234,8 +246,24 @@ def _require_no_named_code(folder: Path) -> None:
     for path in (folder / CONFIG, folder / ADAPTER_CONFIG):
         if path.is_file():
             config = read_config(path)
-            refuse_named_code(config, str(path))
+            _refuse_foreign(config, str(path))
+            if path.name == CONFIG:
+                # It may have another file read in its place.
+                _refuse_foreign(PretrainedConfig.get_config_dict(folder)[0], str(path))
             base = config.get('base_model_name_or_path')
             if path.name == ADAPTER_CONFIG and base:
-                of_base, _ = PretrainedConfig.get_config_dict(base)
-                refuse_named_code(of_base, base)
+                _require_no_named_code_in_base(str(base), config.get('revision'))
+
+
+def _require_no_named_code_in_base(base: str, revision: Optional[str]) -> None:
+    """Checks the configuration of an adapter's base, at the revision at which PEFT loads it."""
+    # It would be made, too, on a base that its own configuration names.
+    if find_adapter_config_file(base, revision=revision) is not None:
+        raise ValueError(f"The base model '{base}' of the adapter holds an adapter itself: merge that into its base.")
+    config, _ = PretrainedConfig.get_config_dict(base, revision=revision)
+    _refuse_foreign(config, base)
+
+
+def _refuse_foreign(config: Mapping[str, Any], source: str) -> None:
+    refuse_named_code(config, source)
+    refuse_named_model(config, source)

@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any, Optional, Protocol, Union
 import torch
 
 from composer_bema.averaging.parameters import first_names
-from composer_bema.formats.harmless import is_file_name, refuse_named_code
-from composer_bema.formats.pretrained import CONFIG, read_safetensors
+from composer_bema.formats.foreign_code import ForeignCodeError, no_foreign_code
+from composer_bema.formats.harmless import is_file_name, names_model, refuse_named_code, refuse_named_model
+from composer_bema.formats.manifest import MANIFEST
+from composer_bema.formats.pretrained import ADAPTER_CONFIG, CONFIG, read_safetensors
 from composer_bema.formats.safetensors_files import MAX_SHARD_SIZE, SafetensorsFiles, write_json
 from composer_bema.formats.tensors import LazyTensor, TensorSpec, main_dtype
 
@@ -51,6 +53,9 @@ PREFIX = 'model.'
 # What FSDP2 puts in front of the name of a class whose parameters it shards.
 _SHARDED_CLASS = 'FSDP'
 _WEIGHTS = 'model.safetensors'
+# What the files of a tokenizer may not be called, for they lie beside those of the model.
+_OF_THE_MODEL = (CONFIG, ADAPTER_CONFIG, 'generation_config.json', MANIFEST)
+_OF_WEIGHTS = ('.safetensors', '.bin', '.index.json')
 
 # In a temporary folder: what is being written, and what it is about to replace.
 _NEW = 'new'
@@ -202,7 +207,7 @@ def pretrained_writer(
 
     Raises:
         ValueError: If the entry is of another kind, names code, or has an adapter of a base model that is not one of
-            transformers'.
+            transformers', or that has another one loaded.
     """
     try:
         model_entry, tokenizer_entry = entry['model'], entry.get('tokenizer') or {}
@@ -216,11 +221,16 @@ def pretrained_writer(
     if len(named) < len(specs):
         log.warning('%d tensors are not of the Hugging Face model and were left out.', len(specs) - len(named))
     if peft_config is None:
-        model = _matching_model(config, class_name, named)
+        with no_foreign_code(source):
+            model = _matching_model(config, class_name, named)
         writer: WeightsWriter = ModelWriter(folder, config, named, model, max_shard_size)
     else:
+        refuse_named_model(config, source)
         try:
-            adapted = _adapted_model(config, peft_config)
+            with no_foreign_code(source):
+                adapted = _adapted_model(config, peft_config)
+        except ForeignCodeError:
+            raise
         except ValueError as error:
             raise ValueError(f"The adapter in '{source}' cannot be told from its base model: {error}.") from error
         writer = _AdapterWriter(folder, adapted, named)
@@ -324,7 +334,9 @@ class _PretrainedWriter:
         try:
             write_tokenizer(self._folder, self._tokenizer_entry)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"The tokenizer in '{self._source}' cannot be written: {error}.") from error
+            raise ValueError(
+                f"The tokenizer in '{self._source}' cannot be written: {error}; use another checkpoint."
+            ) from error
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         if name.startswith(PREFIX):
@@ -354,6 +366,10 @@ def write_tokenizer(folder: Path, entry: Mapping[str, Any]) -> None:
         name = name if name.endswith(extension) else name + extension
         if not is_file_name(name):
             raise ValueError(f"'{name}' is no plain name of a file")
+        if name in _OF_THE_MODEL or name.endswith(_OF_WEIGHTS):
+            raise ValueError(f"'{name}' is a file of the model, and none of a tokenizer")
+        if (folder / name).exists():
+            raise ValueError(f"'{name}' is there already")
         if extension == '.json':
             # A sharded checkpoint has nothing where an empty dict was.
             write_json(folder / name, {} if content is None else content)
@@ -368,6 +384,8 @@ def model_without_memory(model_class: type, config: PretrainedConfig) -> Optiona
     try:
         with torch.device('meta'):
             return model_class(config)
+    except ForeignCodeError:
+        raise
     except Exception as error:
         # A model's constructor may compute with its tensors, or want more than a configuration.
         log.debug('%s cannot be made without memory: %s', model_class.__name__, error)
@@ -380,7 +398,8 @@ def _matching_model(
     """Returns a model of transformers that has exactly these weights, or None if there is none."""
     import transformers
 
-    parsed = _parse_config(config)
+    # Such a model would have another one loaded, which need not be there, nor be what it was.
+    parsed = None if names_model(config) else _parse_config(config)
     if parsed is None:
         return None
     # FSDP1 hides the name of the class behind its own, so that others have to be tried.
@@ -425,6 +444,8 @@ def _adapted_model(config: Mapping[str, Any], peft_config: Mapping[str, Any]) ->
                 auto_class.from_config(parsed, trust_remote_code=False),
                 peft.PeftConfig.from_peft_type(**{**peft_config, 'inference_mode': False}),
             )
+    except ForeignCodeError:
+        raise
     except Exception as error:
         # What a base model or an adapter cannot be made of is up to their constructors.
         raise ValueError(' '.join(str(error).split()).rstrip('.')) from error

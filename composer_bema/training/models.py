@@ -3,6 +3,7 @@
 
 """Causal language models of Hugging Face transformers as Composer models."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from composer.models import HuggingFaceModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from composer_bema.formats.harmless import refuse_named_code
+from composer_bema.formats.foreign_code import ForeignCodeError, no_foreign_code
+from composer_bema.formats.harmless import refuse_named_code, refuse_named_model
 from composer_bema.preference.dpo import DPO
 from composer_bema.preference.losses import LossType
 from composer_bema.training.config import ConfigError, suggest
@@ -43,7 +45,8 @@ def build_hf_causal_lm(
             fresh weights without any download.
         config_overrides: Values to change in the configuration.
         attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``; None leaves the choice to transformers.
-        trust_remote_code: Whether code that comes with the model may run.
+        trust_remote_code: Whether code that comes with the model may run, and kernels of the hub as
+            ``attn_implementation``.
         use_train_metrics: Compute loss and perplexity as metrics of the training batches too.
         peft_config: LoRA settings for ``peft.LoraConfig``; only the adapters are trained then.
 
@@ -171,14 +174,24 @@ def _config_from_mapping(config: Mapping[str, Any], count_vocabulary: Callable[[
 
 def _load_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         written, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         raise _not_found(name) from error
     if not trust_remote_code:
         refuse_named_code(written, name)
+        refuse_named_model(written, name)
         _refuse_adapter(name)
-    return config
+    try:
+        with _trusting(trust_remote_code, name):
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except ForeignCodeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _not_found(name) from error
+
+
+def _trusting(trust_remote_code: bool, source: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if trust_remote_code else no_foreign_code(source)
 
 
 def _refuse_adapter(name: str) -> None:
@@ -205,13 +218,17 @@ def _check_key(config: PretrainedConfig, key: str, path: str, extra: tuple[str, 
         raise ConfigError(f'{path} is not a setting of {type(config).__name__}{suggest(key, known)}.')
 
 
-def _make(config: PretrainedConfig, weights: Optional[str], **kwargs: Any) -> PreTrainedModel:
-    if weights is None:
-        return AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32, **kwargs)
-    try:
-        return AutoModelForCausalLM.from_pretrained(weights, config=config, torch_dtype=torch.float32, **kwargs)
-    except OSError as error:
-        raise _not_found(weights) from error
+def _make(
+    config: PretrainedConfig, weights: Optional[str], *, trust_remote_code: bool, **kwargs: Any
+) -> PreTrainedModel:
+    kwargs |= {'torch_dtype': torch.float32, 'trust_remote_code': trust_remote_code}
+    with _trusting(trust_remote_code, weights or 'model.config'):
+        if weights is None:
+            return AutoModelForCausalLM.from_config(config, **kwargs)
+        try:
+            return AutoModelForCausalLM.from_pretrained(weights, config=config, **kwargs)
+        except OSError as error:
+            raise _not_found(weights) from error
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,11 +3,13 @@
 
 """Tokenizers: plain bytes without a download, or any tokenizer by its Hugging Face name or folder."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Optional
 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
+from composer_bema.formats.foreign_code import ForeignCodeError, no_foreign_code
 from composer_bema.training.config import ConfigError, reject_unknown
 from composer_bema.training.registry import REGISTRY, build, find_builder, split_name
 
@@ -50,8 +52,12 @@ def build_tokenizer(section: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def _load_pretrained(name: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    kwargs = {'trust_remote_code': False, **kwargs}
     try:
-        return AutoTokenizer.from_pretrained(name, **{'trust_remote_code': False, **kwargs})
+        with contextlib.nullcontext() if kwargs['trust_remote_code'] else no_foreign_code(name):
+            return AutoTokenizer.from_pretrained(name, **kwargs)
+    except ForeignCodeError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"tokenizer.name: '{name}' is none of our tokenizers ({', '.join(REGISTRY['tokenizer'])}), "

@@ -10,14 +10,17 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from composer_bema.evaluation import targets
 from composer_bema.evaluation.targets import open_target
+from composer_bema.formats.foreign_code import ForeignCodeError
 from composer_bema.offline.loading import load_weights
 from composer_bema.offline.settings import Setting
 from tests.evaluation.models import make_tokenizer
+from tests.formats.foreign import with_generation
 from tests.formats.runs import saved
 from tests.offline.runs import as_huggingface, as_safetensors, run
 
@@ -192,6 +195,34 @@ def test_nothing_is_loaded_that_a_configuration_names(tmp_path, file, named):
         held(folder)
 
 
+def edit(path, **settings):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def test_nothing_is_loaded_that_another_file_of_the_configuration_names(tmp_path):
+    folder = as_huggingface(run('training'), tmp_path) / 'checkpoint-6'
+    shutil.copy(folder / 'config.json', folder / 'config.4.0.0.json')
+    edit(folder / 'config.4.0.0.json', _attn_implementation='someone/kernels:attention')
+    edit(folder / 'config.json', configuration_files=['config.4.0.0.json'])
+    with pytest.raises(ValueError, match='has code loaded'):
+        held(folder)
+
+
+def test_no_other_model_is_loaded_that_a_configuration_names(tmp_path):
+    folder = as_huggingface(run('training'), tmp_path) / 'checkpoint-6'
+    edit(folder / 'config.json', text_config={'model_type': 'mask2former', 'backbone': 'someone/model'})
+    with pytest.raises(ValueError, match=f"The configuration in '{folder / 'config.json'}' has another model loaded"):
+        held(folder)
+
+
+@pytest.mark.skipif(not hasattr(transformers.GenerationMixin, 'load_custom_generate'), reason='this version has none')
+def test_generation_of_its_own_does_not_run(tmp_path):
+    folder = with_generation(as_huggingface(run('training'), tmp_path) / 'checkpoint-6', tmp_path / 'has-run')
+    with pytest.raises(ForeignCodeError, match=f"'{folder}' has code of its own loaded"):
+        held(folder)
+    assert not (tmp_path / 'has-run').exists()
+
+
 def test_code_that_comes_with_a_model_does_not_run(tmp_path):
     folder = as_huggingface(run('training'), tmp_path) / 'checkpoint-6'
     (folder / 'config.py').write_text(f"open({str(tmp_path / 'has-run')!r}, 'w')")
@@ -201,6 +232,39 @@ def test_code_that_comes_with_a_model_does_not_run(tmp_path):
     with pytest.raises(ValueError, match='trust_remote_code'):
         held(folder)
     assert not (tmp_path / 'has-run').exists()
+
+
+def adapter_on(base, folder):
+    """Makes an adapter, and returns its folder."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(run('training').initial_model)
+    get_peft_model(model, LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear')).save_pretrained(folder)
+    edit(folder / 'adapter_config.json', base_model_name_or_path=str(base))
+    return folder
+
+
+def test_an_adapter_on_an_adapter_is_refused(tmp_path):
+    """What its base names is another configuration, which nobody looks at."""
+    model = shutil.copytree(run('training').initial_model, tmp_path / 'model')
+    middle = adapter_on(model, tmp_path / 'middle')
+    shutil.copy(model / 'config.json', middle)
+    with pytest.raises(ValueError, match=f"base model '{middle}' of the adapter holds an adapter itself: merge that"):
+        held(adapter_on(middle, tmp_path / 'adapter'))
+
+
+def test_the_base_of_an_adapter_is_looked_at_in_its_revision(tmp_path, monkeypatch):
+    repository = tmp_path / 'models--someone--model'
+    (repository / 'refs').mkdir(parents=True)
+    for revision, commit in (('main', 'a' * 40), ('named', 'b' * 40)):
+        (repository / 'refs' / revision).write_text(commit)
+        shutil.copytree(run('training').initial_model, repository / 'snapshots' / commit)
+    edit(repository / 'snapshots' / ('b' * 40) / 'config.json', _attn_implementation='someone/kernels:attention')
+    for name in ('default_cache_path', 'TRANSFORMERS_CACHE'):
+        monkeypatch.setattr(transformers.utils.hub, name, str(tmp_path))
+    monkeypatch.setattr(transformers.utils.hub, '_is_offline_mode', True)
+    folder = adapter_on('someone/model', tmp_path / 'adapter')
+    edit(folder / 'adapter_config.json', revision='named')
+    with pytest.raises(ValueError, match="The configuration in 'someone/model' has code loaded"):
+        held(folder)
 
 
 def test_what_cannot_be_evaluated(tmp_path):

@@ -3,6 +3,7 @@
 
 """Hugging Face folders: what `from_pretrained` reads is what was written, for models and tokenizers of many kinds."""
 
+import builtins
 import json
 import logging
 import sys
@@ -14,6 +15,8 @@ import transformers
 from composer.models import HuggingFaceModel
 from safetensors.torch import load_file
 
+from composer_bema.formats import huggingface
+from composer_bema.formats.foreign_code import ForeignCodeError
 from composer_bema.formats.huggingface import (
     model_without_memory,
     new_folder,
@@ -23,6 +26,7 @@ from composer_bema.formats.huggingface import (
     write_weights,
 )
 from composer_bema.formats.tensors import LazyTensor
+from tests.formats.foreign import with_configuration
 from tests.formats.runs import TINY, lora_config, make_model
 
 T5 = {'d_model': 8, 'd_kv': 4, 'd_ff': 12, 'num_layers': 1, 'num_heads': 2, 'vocab_size': 32}
@@ -208,6 +212,45 @@ def test_nothing_is_loaded_that_the_configuration_of_a_model_names(tmp_path):
         write_pretrained(tmp_path, entry, weights_of(model), source='x.pt')
 
 
+def entry_with_backbone(backbone):
+    entry = entry_of(MODELS['untied']())
+    content = {'model_type': 'upernet', 'use_timm_backbone': False, 'use_pretrained_backbone': False}
+    entry['model']['config'] |= {
+        'content': {**content, 'backbone': str(backbone)},
+        'class': 'transformers.UperNetForSemanticSegmentation',
+    }
+    return entry
+
+
+def test_a_model_that_would_load_another_is_not_made(tmp_path):
+    """Its weights and its configuration are written, as those of a model that transformers does not know."""
+    mark = tmp_path / 'has-run'
+    entry = entry_with_backbone(with_configuration(tmp_path / 'backbone', mark))
+    (tmp_path / 'out').mkdir()
+    write_pretrained(tmp_path / 'out', entry, weights_of(MODELS['untied']()), source='x.pt')
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['backbone'] == str(tmp_path / 'backbone')
+    assert load_file(tmp_path / 'out' / 'model.safetensors')
+    assert not mark.exists()
+
+
+def test_code_does_not_run_where_it_was_not_foreseen(tmp_path, monkeypatch):
+    mark = tmp_path / 'has-run'
+    entry = entry_with_backbone(with_configuration(tmp_path / 'backbone', mark))
+    monkeypatch.setattr(huggingface, 'names_model', lambda config: False)
+    monkeypatch.setattr(builtins, 'input', lambda question: 'y')
+    with pytest.raises(ForeignCodeError, match=r"'x\.pt' has code of its own loaded"):
+        write_pretrained(tmp_path, entry, weights_of(MODELS['untied']()), source='x.pt')
+    assert not mark.exists()
+
+
+def test_an_adapter_of_a_base_model_that_would_load_another_is_refused(tmp_path):
+    pytest.importorskip('peft')
+    entry = make_model(lora=True).get_metadata()
+    entry['model']['config']['content']['backbone'] = 'someone/model'
+    with pytest.raises(ValueError, match=r"The configuration in 'x\.pt' has another model loaded \(backbone"):
+        write_pretrained(tmp_path, entry, {}, source='x.pt')
+
+
 def test_lora_settings_survive(tmp_path):
     pytest.importorskip('peft')
     composer_model = make_model(lora=True)
@@ -326,3 +369,22 @@ def test_a_folder_is_replaced_only_if_asked(tmp_path):
     (tmp_path / 'taken').touch()
     with pytest.raises(FileExistsError), new_folder(tmp_path / 'taken'):
         raise AssertionError('it is not to be entered')
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['config', 'adapter_config.json', 'averaging.json', 'model.safetensors', 'pytorch_model.bin', 'model.index.json'],
+)
+def test_files_of_the_model_are_not_replaced(tmp_path, name):
+    entry = entry_of(MODELS['untied']())
+    extension = f'.{name.rpartition(".")[2]}' if '.' in name else '.json'
+    entry['tokenizer'] = {name: {'file_extension': extension, 'content': {}}}
+    with pytest.raises(ValueError, match=r"The tokenizer in 'x\.pt' cannot be written: '.*' is a file of the model"):
+        write_pretrained(tmp_path, entry, weights_of(MODELS['untied']()), source='x.pt')
+    assert json.loads((tmp_path / 'config.json').read_text())['model_type'] == 'llama'
+
+
+def test_no_file_of_a_tokenizer_is_written_twice(tmp_path):
+    entry = {name: {'file_extension': '.json', 'content': {}} for name in ('vocab', 'vocab.json')}
+    with pytest.raises(ValueError, match=r"'vocab\.json' is there already"):
+        write_tokenizer(tmp_path, entry)

@@ -5,14 +5,18 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationMixin, dynamic_module_utils
 
+from composer_bema.formats.foreign_code import ForeignCodeError
 from composer_bema.training.config import ConfigError
 from composer_bema.training.models import build_hf_causal_lm
 from composer_bema.training.tokenizers import build_tokenizer
+from tests.formats.foreign import with_generation
 from tests.training.tiny import TINY_MODEL
 
 TOKENIZER = build_tokenizer({'name': 'bytes'})
@@ -45,6 +49,27 @@ def test_nothing_is_loaded_that_the_configuration_of_a_folder_names(folder, tmp_
     (tmp_path / 'config.json').write_text(json.dumps(named))
     with pytest.raises(ValueError, match=f"The configuration in '{tmp_path}' has code loaded"):
         build_hf_causal_lm(TOKENIZER, str(tmp_path), pretrained=False)
+
+
+def test_no_other_model_is_loaded_that_the_configuration_of_a_folder_names(folder, tmp_path):
+    config = json.loads((Path(folder) / 'config.json').read_text())
+    named = {**config, 'text_config': {'model_type': 'mask2former', 'backbone': 'someone/model'}}
+    (tmp_path / 'config.json').write_text(json.dumps(named))
+    with pytest.raises(ValueError, match=f"The configuration in '{tmp_path}' has another model loaded"):
+        build_hf_causal_lm(TOKENIZER, str(tmp_path), pretrained=False)
+
+
+@pytest.mark.skipif(not hasattr(GenerationMixin, 'load_custom_generate'), reason='this version has none')
+def test_generation_of_its_own_runs_where_it_is_trusted_alone(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'modules'))
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    copied, mark = shutil.copytree(folder, tmp_path / 'model'), tmp_path / 'has-run'
+    with_generation(copied, mark)
+    with pytest.raises(ForeignCodeError, match=f"'{copied}' has code of its own loaded"):
+        build_hf_causal_lm(TOKENIZER, str(copied))
+    assert not mark.exists()
+    build_hf_causal_lm(TOKENIZER, str(copied), trust_remote_code=True)
+    assert mark.exists()
 
 
 def test_an_adapter_beside_a_model_is_refused(folder, tmp_path):
