@@ -488,7 +488,7 @@ def test_a_swap_before_tau_is_an_error(trajectory):
         (
             {'half_life': '10ep'},
             ValueError,
-            "half_life must be a number of steps of at least 1, such as 400 or '400ba', but",
+            "half_life must be a number of steps of at least 1, such as 400 or '400ba', but is '10ep'.",
         ),
     ],
 )

@@ -10,7 +10,6 @@ from typing import Any
 
 from composer.core import Precision, Time
 from composer.utils import FSDP2Config, FSDPConfig, dist
-from composer.utils.file_helpers import is_uri
 from torch.distributed.fsdp import ShardingStrategy
 
 from composer_bema.algorithms.coexistence import check_algorithms
@@ -63,19 +62,10 @@ def check_config(config: TrainConfig) -> None:
     _check_choice(config.precision, [precision.value for precision in Precision], 'precision')
     _check_choice((config.python_log_level or 'info').upper(), LOG_LEVELS, 'python_log_level')
     _check_fsdp(config.fsdp_config or {})
-    _check_load_path(config.load_path)
     if config.autoresume and config.save_folder is None:
         raise ConfigError('autoresume needs save_folder, where it looks for the last checkpoint.')
     if config.autoresume and config.save_weights_only:
         raise ConfigError('autoresume needs more than save_weights_only=true saves: set one of them to false.')
-
-
-def _check_load_path(path: str | None) -> None:
-    # Rank 0 alone may have it; in braces is what differs between ranks or runs.
-    if path is None or is_uri(path) or '{' in path or dist.get_global_rank() != 0:
-        return
-    if not os.path.exists(path):
-        raise ConfigError(f"load_path: there is no '{path}'; name a checkpoint, or leave load_path out.")
 
 
 def device_batch_size(config: TrainConfig) -> int:

@@ -54,7 +54,8 @@ def test_a_run_leaves_settings_metrics_picture_and_table(tmp_path, yaml):
     assert curves['one'] == curves['two']
     step, loss = curves['one'][-1]
     row = next(line for line in report.splitlines() if line.startswith('one'))
-    assert row.split() == ['one', str(step), f'{loss:.4f}', f'{math.exp(loss):.3f}']
+    # The average has had no update yet.
+    assert row.split() == ['one', 'training', str(step), f'{loss:.4f}', f'{math.exp(loss):.3f}']
 
 
 def test_all_settings_reach_the_loggers(tmp_path, yaml):
@@ -67,6 +68,11 @@ def test_all_settings_reach_the_loggers(tmp_path, yaml):
     # Of lists and what was left empty, too.
     assert '"label": "one"' in logged['eval_loader']
     assert logged['load_path'] == 'None'
+
+
+def test_the_table_says_which_weights_an_evaluator_sees(yaml):
+    report = train(load_config(yaml, ['algorithms.bema={update_freq: 2ba, eval_labels: [two]}']))
+    assert [line.split()[:2] for line in report.splitlines()[2:4]] == [['one', 'training'], ['two', 'BEMA']]
 
 
 def test_without_evaluators_there_is_no_table(tmp_path, yaml):
