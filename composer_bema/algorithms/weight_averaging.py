@@ -341,8 +341,13 @@ class WeightAveraging(Algorithm):
 
     def _swap_in(self, state: State, purpose: Purpose) -> None:
         swap_out_all(state)
-        self.average.swap_in(state.model)
+        # Known before, lest an interruption leave an average in the model that nobody knows the purpose of.
         self.swapped_for = purpose
+        try:
+            self.average.swap_in(state.model)
+        except BaseException:
+            self.swapped_for = None
+            raise
 
     def swap_out(self) -> None:
         """Puts the training weights back into the model, if the average is there."""

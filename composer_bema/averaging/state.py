@@ -146,7 +146,14 @@ class AverageState:
             group.rule = changed
 
     def start(self, model: torch.nn.Module) -> None:
-        """Takes every buffer, theta_0 included, from the weights of ``model``."""
+        """Takes every buffer, theta_0 included, from the weights of ``model``.
+
+        Raises:
+            RuntimeError: If the model holds an average.
+            TypeError: If it is no module.
+            ValueError: If it has no trainable parameters, or a parameter or persistent module buffer that is sparse,
+                quantized, expanded or of a dtype that is not averaged.
+        """
         self._require_training_weights('start', model)
         averaged = self._averaged_tensors(model)
         if not averaged[0][1]:

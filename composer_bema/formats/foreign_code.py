@@ -36,15 +36,19 @@ class ForeignCodeError(ValueError):
 
 
 @contextlib.contextmanager
-def no_foreign_code(source: str) -> Iterator[None]:
+def no_foreign_code(source: str, *, is_trusted: bool = False) -> Iterator[None]:
     """Has it raise an error where transformers would run code that comes with a model, or ask whether it may.
 
     Args:
         source (str): What is loaded, for the message.
+        is_trusted (bool): Whether its code may run; nothing is held up then. Default: ``False``.
 
     Raises:
         ForeignCodeError: If it would.
     """
+    if is_trusted:
+        yield
+        return
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         what = f' ({args[0]})' if args and isinstance(args[0], str) else ''

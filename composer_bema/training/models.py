@@ -3,7 +3,6 @@
 
 """Causal language models of Hugging Face transformers as Composer models."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -182,16 +181,12 @@ def _load_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
         refuse_named_model(written, name)
         _refuse_adapter(name)
     try:
-        with _trusting(trust_remote_code, name):
+        with no_foreign_code(name, is_trusted=trust_remote_code):
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except ForeignCodeError:
         raise
     except (OSError, ValueError) as error:
         raise _not_found(name) from error
-
-
-def _trusting(trust_remote_code: bool, source: str) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if trust_remote_code else no_foreign_code(source)
 
 
 def _refuse_adapter(name: str) -> None:
@@ -222,7 +217,7 @@ def _make(
     config: PretrainedConfig, weights: Optional[str], *, trust_remote_code: bool, **kwargs: Any
 ) -> PreTrainedModel:
     kwargs |= {'torch_dtype': torch.float32, 'trust_remote_code': trust_remote_code}
-    with _trusting(trust_remote_code, weights or 'model.config'):
+    with no_foreign_code(weights or 'model.config', is_trusted=trust_remote_code):
         if weights is None:
             return AutoModelForCausalLM.from_config(config, **kwargs)
         try:

@@ -3,7 +3,6 @@
 
 """Tokenizers: plain bytes without a download, or any tokenizer by its Hugging Face name or folder."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -54,7 +53,7 @@ def build_tokenizer(section: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 def _load_pretrained(name: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     kwargs = {'trust_remote_code': False, **kwargs}
     try:
-        with contextlib.nullcontext() if kwargs['trust_remote_code'] else no_foreign_code(name):
+        with no_foreign_code(name, is_trusted=kwargs['trust_remote_code']):
             return AutoTokenizer.from_pretrained(name, **kwargs)
     except ForeignCodeError:
         raise

@@ -551,3 +551,22 @@ def test_one_object_in_one_trainer_after_another(make_average):
         averages.append(average.averaged_state_dict())
         trainer.close()
     assert same(*averages)
+
+
+def test_a_swap_that_fails_leaves_no_purpose_behind(monkeypatch):
+    """A checkpoint would say that its model holds the average, and hold the training weights."""
+    ema = EMA(half_life='4ba')
+    trainer = make_trainer(ema, max_duration='4ba')
+    trainer.fit()
+
+    def fail(model):
+        raise MemoryError
+
+    monkeypatch.setattr(ema.average, 'swap_in', fail)
+    with pytest.raises(MemoryError):
+        ema.get_averaged_model(trainer.state.model)
+    assert ema.swapped_for is None
+    monkeypatch.undo()
+    ema.get_averaged_model(trainer.state.model)
+    assert ema.swapped_for == 'user'
+    trainer.close()

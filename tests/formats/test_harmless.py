@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,7 +116,6 @@ def test_models_that_load_no_other(config):
 
 
 def test_what_transformers_saves_of_a_language_model_is_not_refused():
-    transformers = pytest.importorskip('transformers')
     for name in ('Llama', 'Qwen2', 'Mixtral', 'Gemma2', 'GPT2', 'Mpt', 'T5'):
         written = json.loads(getattr(transformers, f'{name}Config')().to_json_string(use_diff=False))
         refuse_named_code(written, name)
