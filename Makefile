@@ -156,7 +156,7 @@ $(UV): | $(VENV)/bin/python
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/uv uv
 
 # The stamps are as old as the last installation, which setup.py and the version in it can make stale.
-$(INSTALLED): setup.py composer_bema/version.py | $(UV)
+$(INSTALLED): setup.py composer_bema/version.py composer_bema/averaging/compiled_kernels.c | $(UV)
 	$(UV) pip install --python $(VENV)/bin/python --editable '.[$(EXTRAS)]'
 	@touch $@
 

@@ -4,9 +4,10 @@
 """What is installed, and with what; the settings of the tools are in `pyproject.toml`."""
 
 import re
+import zlib
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -18,6 +19,19 @@ def read_version() -> str:
         raise RuntimeError("composer_bema/version.py has no line `__version__ = '...'`")
     return match.group(1)
 
+
+# What averages take for models in host memory; without a C compiler they are taken by torch alone. The library asks
+# nothing of Python, which only loads it and has to know that it is of the source that lies beside it.
+KERNELS = 'composer_bema/averaging/compiled_kernels.c'
+COMPILED_KERNELS = Extension(
+    'composer_bema.averaging._compiled_kernels',
+    sources=[KERNELS],
+    define_macros=[('SOURCE_DIGEST', f'{zlib.crc32((ROOT / KERNELS).read_bytes())}u')],
+    extra_compile_args=['-std=c11', '-O3', '-fopenmp-simd', '-fno-math-errno', '-ffp-contract=off'],
+    libraries=['m'],
+    py_limited_api=True,
+    optional=True,
+)
 
 # Lower bounds admit llm-foundry 0.22, so that one environment holds both. Composer itself bounds torch and numpy from
 # above, but transformers and datasets only in its `nlp` extra, whose upper bounds are repeated here.
@@ -81,7 +95,10 @@ setup(
     ],
     python_requires='>=3.10,<3.13',
     packages=find_packages(include=['composer_bema', 'composer_bema.*']),
-    package_data={'composer_bema': ['py.typed', 'training/*.html']},
+    package_data={'composer_bema': ['py.typed', 'averaging/*.c', 'training/*.html']},
+    ext_modules=[COMPILED_KERNELS],
+    # One wheel for all versions of Python.
+    options={'bdist_wheel': {'py_limited_api': 'cp310'}},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={

@@ -44,6 +44,9 @@ COMPONENTS = {
     'llm-foundry': 'llmfoundry',
 }
 
+# What averages in host memory go without where it cannot be imported.
+_KERNELS = 'composer_bema.averaging.compiled'
+
 _ENTRY_POINT_GROUPS = ('llmfoundry_algorithms', 'llmfoundry_schedulers', 'llmfoundry_callbacks')
 
 # In seconds. Where all are installed, importing them takes half a minute on two cores.
@@ -55,6 +58,8 @@ class Imports(NamedTuple):
 
     devices: list[str]
     """What torch can compute on, in words; empty where torch cannot be imported."""
+    without_kernels: str
+    """Why averages in host memory go without compiled kernels; empty where they have them."""
     problems: list[str]
     """A sentence for each module or entry point that cannot be imported."""
 
@@ -118,7 +123,7 @@ def import_all() -> Imports:
     """Imports the components that are installed, and what our entry points name, in one other process."""
     targets = [module for distribution, module in COMPONENTS.items() if _is_installed(distribution)]
     targets += [point.value for group in _ENTRY_POINT_GROUPS for point in _points_of(group)]
-    return _import_in_another_process(targets)
+    return _import_in_another_process([*targets, _KERNELS])
 
 
 def _import_in_another_process(targets: Sequence[str]) -> Imports:
@@ -134,10 +139,13 @@ def _import_in_another_process(targets: Sequence[str]) -> Imports:
         output, end = child.stdout, f'ends Python, with exit code {child.returncode}'
     results = [json.loads(line) for line in output.splitlines()]
     devices = [device for result in results for device in result.get('devices', ())]
-    problems = [f'{result["target"]} cannot be imported: {result["error"]}' for result in results if 'error' in result]
+    errors = {result['target']: result['error'] for result in results if 'error' in result}
+    without_kernels = errors.pop(_KERNELS, '')
+    problems = [f'{target} cannot be imported: {error}' for target, error in errors.items()]
     if len(results) < len(targets):
         problems.append(f'Importing {targets[len(results)]} {end}.')
-    return Imports(devices, problems)
+        without_kernels = without_kernels or 'not tried'
+    return Imports(devices, without_kernels, problems)
 
 
 # What libraries print goes to its standard error; its standard output has a line of JSON for each target.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from composer_bema import __version__
+from composer_bema.averaging import kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,16 +29,19 @@ def python(*arguments: str, folder: Path) -> str:
 
 
 def package_files() -> set[str]:
-    """The files of the package in the repository."""
-    files = (path for path in (ROOT / 'composer_bema').rglob('*') if path.is_file() and '__pycache__' not in path.parts)
+    """The files of the package in the repository, without what is made of them."""
+    made = ('.pyc', '.so')
+    files = (path for path in (ROOT / 'composer_bema').rglob('*') if path.is_file() and path.suffix not in made)
     return {path.relative_to(ROOT).as_posix() for path in files}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else():
-    with zipfile.ZipFile(ROOT / f'dist/composer_bema-{__version__}-py3-none-any.whl') as wheel:
+    # One for each platform, whatever the version of Python, for it has the compiled kernels.
+    (path,) = (ROOT / 'dist').glob(f'composer_bema-{__version__}-cp310-abi3-*.whl')
+    with zipfile.ZipFile(path) as wheel:
         files = {name for name in wheel.namelist() if '.dist-info/' not in name}
         metadata = wheel.read(f'composer_bema-{__version__}.dist-info/METADATA').decode()
-    assert files == package_files()
+    assert {name for name in files if not name.endswith('.so')} == package_files()
     assert {'composer_bema/py.typed', 'composer_bema/training/run_page.html'} <= files
     assert f'\nVersion: {__version__}\n' in metadata
 
@@ -54,6 +58,11 @@ def test_the_installed_package_is_the_wheels(tmp_path: Path):
     version, file = printed.split()
     assert version == __version__
     assert not Path(file).is_relative_to(ROOT / 'composer_bema')
+
+
+def test_the_installed_package_has_compiled_kernels_if_this_one_has(tmp_path: Path):
+    there = python('-c', 'from composer_bema.averaging import kernels; print(kernels._compiled())', folder=tmp_path)
+    assert (there == 'None\n') == (kernels._compiled() is None)
 
 
 def test_the_command_answers(tmp_path: Path):

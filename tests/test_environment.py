@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from composer_bema import environment
+from composer_bema.averaging import kernels
 from composer_bema.cli import main
 from composer_bema.environment import broken_requirements, entry_points, import_all, installed_version, requirement_of
 
@@ -148,8 +149,10 @@ def test_what_cannot_be_imported_is_named_and_the_rest_is_tried(install: Install
     install('llm-foundry', module='raise SystemExit(3)')
     points = '[llmfoundry_algorithms]\nbema = composer_bema.version:BEMMA\nbemma = composer_bema.version:__version__\n'
     install('composer_bema', points=points)
-    devices, problems = import_all()
+    devices, without_kernels, problems = import_all()
     assert devices == ['CPU (5 threads)', 'cuda:0 (Card)']
+    # They need more of torch than this one has.
+    assert without_kernels
     assert problems == [
         "peft cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name'",
         'llmfoundry cannot be imported: SystemExit: 3',
@@ -161,8 +164,8 @@ def test_what_cannot_be_imported_is_named_and_the_rest_is_tried(install: Install
 def test_an_import_that_ends_python_is_named(install: Install):
     install('torch', module=TORCH)
     install('trl', module='import os; os._exit(7)')
-    devices, problems = import_all()
-    assert len(devices) == 2
+    devices, without_kernels, problems = import_all()
+    assert len(devices) == 2 and without_kernels == 'not tried'
     assert problems == ['Importing trl ends Python, with exit code 7.']
 
 
@@ -180,7 +183,7 @@ def test_the_command_says_what_is_wrong(install: Install):
     assert result.exit_code == 1
     assert 'torch               2.5.1        >=2.6' in result.stdout
     assert 'mosaicml            -            <0.33,>=0.31' in result.stdout
-    assert 'devices: CPU (5 threads), cuda:0 (Card)' in result.stdout
+    assert 'devices: CPU (5 threads), cuda:0 (Card)\ncompiled kernels: none, averages in host' in result.stdout
     assert result.stdout.count('\n- ') == 3
     assert "- trl cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name'\n" in result.stdout
     assert 'goes together' not in result.stdout
@@ -192,4 +195,5 @@ def test_what_the_tests_run_with_goes_together():
     assert result.exit_code == 0, result.output
     assert 'llmfoundry_algorithms: bema, dema, ema, lawa, ouema, swa_window\n' in result.stdout
     assert 'devices: CPU (' in result.stdout
+    assert ('compiled kernels: yes\n' in result.stdout) == (kernels._compiled() is not None)
     assert result.stdout.endswith('\nWhat is installed goes together.\n')

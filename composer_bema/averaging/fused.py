@@ -23,7 +23,7 @@ import triton
 from torch.autograd.graph import increment_version
 
 from composer_bema.averaging.fused_kernels import exchange_kernel, nonfinite_kernel, step_kernel
-from composer_bema.averaging.rules import Difference, Lerp, Row
+from composer_bema.averaging.rules import Difference, Lerp, Row, as_difference
 
 __all__ = ['apply_rows', 'exchange', 'exchange_launch', 'first_nonfinite', 'probe']
 
@@ -172,21 +172,14 @@ class _Coded:
 
     def add(self, row: Row) -> int:
         """Returns the operands' indices, four bits each."""
-        *names, scale = _as_difference(row)
-        self.scales.append(struct.unpack('=q', struct.pack('=d', scale))[0])
+        difference = as_difference(row)
+        names = _names(difference)
+        self.scales.append(struct.unpack('=q', struct.pack('=d', difference.scale))[0])
         return sum(self.operands.setdefault(name, len(self.operands)) << 4 * place for place, name in enumerate(names))
 
 
-def _as_difference(row: Row) -> tuple[str, str, str, str, float]:
-    """Returns target, base, minuend, subtrahend and scale; a copy of the base has one minuend and subtrahend."""
-    if isinstance(row, Difference):
-        return row.target, row.base, row.minuend, row.subtrahend, row.scale
-    if row.weight == 1:
-        return row.target, row.source, row.source, row.source, 0.0
-    # torch.lerp starts from the nearer end.
-    if abs(row.weight) < 0.5:
-        return row.target, row.target, row.source, row.target, row.weight
-    return row.target, row.source, row.source, row.target, row.weight - 1
+def _names(row: Difference) -> tuple[str, str, str, str]:
+    return row.target, row.base, row.minuend, row.subtrahend
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -194,7 +187,7 @@ def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
     part: list[Row] = []
     named: set[str] = set()
     for row in rows:
-        more = set(_as_difference(row)[:4])
+        more = set(_names(as_difference(row)))
         if part and (len(part) == _MOST_ROWS or len(named | more) > _MOST_OPERANDS):
             yield part
             part, named = [], set()

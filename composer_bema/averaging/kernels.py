@@ -4,10 +4,11 @@
 """How a `LinearStep` meets memory: lists of tensors combined in place, in one pass.
 
 Floating-point tensors on an accelerator go all at once: through the kernels of :mod:`.fused` or, where Triton does not
-work, through torch's `_foreach` functions in batches, as small ones in host memory do. All others go chunk by chunk. A
-chunk is small enough that the operands of all rows of a step stay in cache, so that an update costs its memory traffic,
-and no temporary is larger than a chunk. Operands of another dtype or device than the target's are converted chunk by
-chunk on the way. What is in host memory is shared out among threads.
+work, through torch's `_foreach` functions in batches. Those of fp32 and bf16 in host memory go all at once too, through
+the loops of :mod:`.compiled`, where these have been compiled. All others go chunk by chunk, and small ones in batches.
+A chunk is small enough that the operands of all rows of a step stay in cache, so that an update costs little more than
+its memory traffic, and no temporary is larger than a chunk. Operands of another dtype or device than the target's are
+converted chunk by chunk on the way. What is in host memory is shared out among threads.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ _SMALL = 16 * 1024
 # A thread takes about as long to start as one chunk does.
 _CHUNKS_A_THREAD = 4
 
-# Where all tensors can go at once, and of which dtypes.
+# Where all tensors can go at once, and of which dtypes on an accelerator.
 _ACCELERATORS = ('cuda',)
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOST = ('cpu',)
+_FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 
 # Tensors of one shape, or chunks of them that have the same elements.
 _Operands = tuple[torch.Tensor, ...]
@@ -64,12 +67,16 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
     """
     names = [THETA, *buffers]
     tuples = list(zip(theta, *buffers.values(), strict=True))
-    at_once, others = _split(tuples)
+    at_once, others = _split(tuples, range(len(tuples)), _accelerators(), _are_floating)
     if at_once and (fused := _fused()):
         fused.apply_rows(step.rows, names, [tuples[i] for i in at_once])
     else:
         for batch in _batches(map(_aligned_chunks, (tuples[i] for i in at_once)), _BATCH, smallest_alone=_BATCH):
             _apply_to_batch(step, names, batch)
+    if compiled := _compiled():
+        takes = functools.partial(compiled.takes, step.rows, names)
+        at_once, others = _split(tuples, others, _HOST, takes)
+        compiled.apply_rows(step.rows, names, [tuples[i] for i in at_once])
 
     def combine(batch: list[_Operands], scratch: _Scratch) -> None:
         if len(batch) > 1:
@@ -93,10 +100,8 @@ def exchange(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> Non
     whole or not at all. No memory is in the lists twice.
     """
     pairs = list(zip(left, right, strict=True))
-    fused, at_once, others = _split_exchange(pairs)
-    if fused:
-        fused.exchange([pairs[i] for i in at_once])
-    _exchange_chunks([pairs[i] for i in others])
+    for exchange_group, group in _exchanges(pairs):
+        exchange_group([pairs[i] for i in group])
 
 
 def _exchange_chunks(pairs: Sequence[_Operands]) -> None:
@@ -129,7 +134,7 @@ def _trade(chunks: _Operands, scratch: _Scratch) -> None:
         raise
 
 
-def exchange_groups(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[list[int]]:
+def exchange_groups(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[Sequence[int]]:
     """Returns the indices of pairs in groups, each of which :func:`exchange` does in one launch or in one loop.
 
     For a caller that notes what is done, in case that a later group fails. Where memory is in the lists twice the order
@@ -138,12 +143,7 @@ def exchange_groups(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor])
     pairs = list(zip(left, right, strict=True))
     if _share_memory(list(itertools.chain(*pairs))):
         return [[i] for i in range(len(pairs))]
-    fused, at_once, others = _split_exchange(pairs)
-    groups: dict[tuple, list[int]] = {(): list(others)} if others else {}
-    if fused:
-        for i in at_once:
-            groups.setdefault(fused.exchange_launch(pairs[i]), []).append(i)
-    return list(groups.values())
+    return [group for _, group in _exchanges(pairs)]
 
 
 @torch.no_grad()
@@ -166,19 +166,24 @@ def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
     One read of the values: a sum is finite unless a value is not (or the sum overflows, so a suspect is looked at
     closely). It has to come before an update and not ride on it, or the chunks before the bad one would be updated.
     """
-    at_once, others = _split(list(zip(tensors, strict=True)))
-    bad = []
+    alone = list(zip(tensors, strict=True))
+    bad: list[int] = []
+    at_once, others = _split(alone, range(len(alone)), _accelerators(), _are_floating)
     if at_once and (fused := _fused()):
         first = fused.first_nonfinite([tensors[i] for i in at_once])
         bad += [] if first is None else [at_once[first]]
     else:
-        others = range(len(tensors))
+        others = range(len(alone))
+    if compiled := _compiled():
+        at_once, others = _split(alone, others, _HOST, set(compiled.DTYPES).issuperset)
+        first = compiled.first_nonfinite([tensors[i] for i in at_once])
+        bad += [] if first is None else [at_once[first]]
 
     def add_up(chunks: _Operands, scratch: _Scratch) -> torch.Tensor:
         (chunk,) = chunks
         return chunk.sum(dtype=_sum_dtype(chunk))
 
-    remaining = [(tensors[i],) for i in others]
+    remaining = [alone[i] for i in others]
     # Half-precision values are converted on the way, in memory of a chunk's size.
     sizes = [_CPU_CHUNK_OF_ONE if _sum_dtype(alone) is None else _CPU_CHUNK for (alone,) in remaining]
     chunks = [list(_aligned_chunks(alone, size)) for alone, size in zip(remaining, sizes, strict=True)]
@@ -211,42 +216,88 @@ def _fused() -> Optional[ModuleType]:
     return fused
 
 
+@functools.cache
+def _compiled() -> Optional[ModuleType]:
+    """Returns the kernels that take all tensors in host memory in one loop, if they were compiled."""
+    try:
+        from composer_bema.averaging import compiled
+    except ImportError:
+        return None
+    return compiled
+
+
+def _accelerators() -> Collection[str]:
+    """Returns the types of devices that this process can have tensors on, beside the host."""
+    return _ACCELERATORS if torch.cuda.is_initialized() else ()
+
+
+def _are_floating(dtypes: Collection[torch.dtype]) -> bool:
+    return _FLOATING.issuperset(dtypes)
+
+
+def _are_alike(dtypes: Collection[torch.dtype]) -> bool:
+    return len(set(dtypes)) == 1
+
+
 def _split(
-    tuples: Sequence[_Operands], dtypes: Optional[Collection[torch.dtype]] = _FLOATING
+    tuples: Sequence[_Operands],
+    among: Sequence[int],
+    devices: Collection[str],
+    takes: Callable[[tuple[torch.dtype, ...]], bool],
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Returns the indices of what an accelerator can take all at once, and of what goes chunk by chunk.
+    """Returns the indices of tensors that can go all at once, and of the others.
 
     Args:
         tuples (Sequence[tuple[torch.Tensor, ...]]): The operands of each tensor.
-        dtypes (Collection[torch.dtype], optional): Those that can go at once; None asks that operands agree in theirs.
+        among (Sequence[int]): The indices that are meant.
+        devices (Collection[str]): The types of devices where they can.
+        takes (Callable[[tuple[torch.dtype, ...]], bool]): Whether operands of some dtypes can.
     """
-    if not torch.cuda.is_initialized():
-        return [], range(len(tuples))
-    at_once = [i for i, tensors in enumerate(tuples) if _can_go_at_once(tensors, dtypes)]
-    chosen = set(at_once)
-    return at_once, [i for i in range(len(tuples)) if i not in chosen]
+    if not devices:
+        return [], among
+    takes = functools.cache(takes)
+    at_once: list[int] = []
+    others: list[int] = []
+    for i in among:
+        can = _lie_alike(tuples[i], devices) and takes(tuple([tensor.dtype for tensor in tuples[i]]))
+        (at_once if can else others).append(i)
+    return at_once, others
 
 
-def _split_exchange(pairs: Sequence[_Operands]) -> tuple[Optional[ModuleType], Sequence[int], Sequence[int]]:
-    """Returns the kernels for an exchange, if there are some, and the indices of what they take and do not."""
-    at_once, others = _split(pairs, dtypes=None)
+def _exchanges(pairs: Sequence[_Operands]) -> list[tuple[Callable[[Sequence[_Operands]], None], Sequence[int]]]:
+    """Returns what exchanges pairs as a whole, each with the indices of those that it takes."""
+    groups: list[tuple[Callable[[Sequence[_Operands]], None], Sequence[int]]] = []
+    at_once, others = _split(pairs, range(len(pairs)), _accelerators(), _are_alike)
     if at_once and (fused := _fused()):
-        return fused, at_once, others
-    return None, [], range(len(pairs))
+        launches: dict[tuple, list[int]] = {}
+        for i in at_once:
+            launches.setdefault(fused.exchange_launch(pairs[i]), []).append(i)
+        groups += [(fused.exchange, launch) for launch in launches.values()]
+    else:
+        others = range(len(pairs))
+    if compiled := _compiled():
+        at_once, others = _split(pairs, others, _HOST, _are_alike)
+        groups.append((compiled.exchange, at_once))
+    # The chunks come first: what they refuse to write to has then kept all from being exchanged.
+    return [(function, group) for function, group in ((_exchange_chunks, others), *groups) if group]
 
 
-def _can_go_at_once(tensors: _Operands, dtypes: Optional[Collection[torch.dtype]]) -> bool:
-    """Returns whether tensors lie on one accelerator, dense and in one order, with dtypes that are taken."""
-    first = tensors[0]
-    device, shape, dtypes = first.device, first.shape, dtypes or (first.dtype,)
-    if device.type not in _ACCELERATORS:
+def _lie_alike(tensors: _Operands, devices: Collection[str]) -> bool:
+    """Returns whether tensors of one shape are plain memory of one device, dense and in one order."""
+    device, numel = tensors[0].device, tensors[0].numel()
+    if device.type not in devices:
         return False
     contiguous = True
     for tensor in tensors:
-        if tensor.device != device or tensor.dtype not in dtypes or tensor.shape != shape:
+        if tensor.device != device or tensor.numel() != numel or not _is_plain(tensor):
             return False
         contiguous = contiguous and tensor.is_contiguous()
     return contiguous or _flattened(tensors) is not None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor's values are what is in its memory, and not what a subclass or a view makes of that."""
+    return type(tensor) in _PLAIN_TYPES and not (tensor.is_neg() or tensor.is_conj())
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:

@@ -37,6 +37,7 @@ __all__ = [
     'LinearStep',
     'Row',
     'Rule',
+    'as_difference',
     'bema_rule',
     'dema_rule',
     'ema_rule',
@@ -69,6 +70,18 @@ class Difference:
 
 
 Row = Union[Lerp, Difference]
+
+
+def as_difference(row: Row) -> Difference:
+    """Returns a row as the one kind that some kernels know. A copy has scale 0, and one minuend and subtrahend."""
+    if isinstance(row, Difference):
+        return row
+    if row.weight == 1:
+        return Difference(row.target, row.source, 0.0, row.source, row.source)
+    # torch.lerp starts from the nearer end.
+    if abs(row.weight) < 0.5:
+        return Difference(row.target, row.target, row.weight, row.source, row.target)
+    return Difference(row.target, row.source, row.weight - 1, row.source, row.target)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ def doctor() -> None:
         click.echo(f'{group}: {", ".join(names) or "none"}')
     click.echo('Importing what is installed ...', err=True)
     imports = import_all()
-    click.echo(f'devices: {", ".join(imports.devices) or "unknown"}\n')
+    click.echo(f'devices: {", ".join(imports.devices) or "unknown"}')
+    without = f'none, averages in host memory are slower ({imports.without_kernels})'
+    click.echo(f'compiled kernels: {without if imports.without_kernels else "yes"}\n')
     problems = [*broken_requirements(), *imports.problems]
     for problem in problems:
         click.echo(f'- {problem}')

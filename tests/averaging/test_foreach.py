@@ -30,7 +30,7 @@ RULES = {
 
 
 @pytest.fixture
-def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_triton(monkeypatch: pytest.MonkeyPatch, by_torch_alone: None) -> None:
     """Takes the CPU for an accelerator, on which Triton is missing, with small batches."""
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     monkeypatch.setattr(kernels, '_ACCELERATORS', ('cpu',))
@@ -114,6 +114,7 @@ def test_a_large_chunk_is_a_batch_of_its_own_and_a_batch_has_an_end(without_trit
     assert sizes == [[9], [3, 4], [2, 1]]
 
 
+@pytest.mark.usefixtures('by_torch_alone')
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
 def test_tensors_in_host_memory_are_averaged_alike_alone_and_together(dtype):
     """Small ones go in batches, and those that are large or alone do not."""

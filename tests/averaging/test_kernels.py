@@ -24,15 +24,19 @@ LAYOUTS = ('contiguous', 'reversed axes', 'channels last', 'offset', 'gaps')
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_chunks(monkeypatch: pytest.MonkeyPatch, by_torch_alone: None) -> None:
     """Makes tensors of a few hundred elements span several chunks."""
     monkeypatch.setattr(kernels, '_CPU_CHUNK', CHUNK)
 
 
-@pytest.fixture(params=[None, CHUNK], ids=['one chunk', 'small chunks'])
-def any_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param:
-        monkeypatch.setattr(kernels, '_CPU_CHUNK', request.param)
+@pytest.fixture(params=['one chunk', 'small chunks', 'compiled'])
+def any_chunks(request: pytest.FixtureRequest) -> None:
+    """Runs a test with all that host memory may be walked by."""
+    if request.param == 'compiled':
+        if kernels._compiled() is None:
+            pytest.skip('the compiled kernels were not compiled')
+    else:
+        request.getfixturevalue('small_chunks' if request.param == 'small chunks' else 'by_torch_alone')
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1002,8 +1002,12 @@ class FailingAt(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('name', ['float32', 'bfloat16', 'mixed'])
+@pytest.mark.usefixtures('by_torch_alone')
 def test_a_swap_of_which_any_operation_fails_loses_nothing(make_mlp, name):
-    """On the way in all is as it was; on the way out a second try ends it."""
+    """On the way in all is as it was; on the way out a second try ends it.
+
+    Not of a compiled exchange, which has no operation that could find no memory.
+    """
     model = MODELS[name](make_mlp)
     state = averaging(model)
     training, buffers = weights_of(model), buffers_of(state)
