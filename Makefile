@@ -136,7 +136,7 @@ hooks: $(LINTERS)  ## Run the linters before each git commit
 	$(VENV)/bin/pre-commit install
 
 clean:  ## Remove the environments and the caches of the tools
-	rm -rf $(VENV) $(TRL_VENV) $(LLMFOUNDRY_VENV) $(CORE_VENV) $(PACKAGE_VENV) dist .pytest_cache .ruff_cache .hypothesis build composer_bema.egg-info
+	rm -rf $(VENV) $(TRL_VENV) $(LLMFOUNDRY_VENV) $(CORE_VENV) $(PACKAGE_VENV) dist .pytest_cache .ruff_cache .hypothesis build composer_bema.egg-info composer_bema/averaging/*.so
 
 # The environment has no pip of its own, since Debian's Python cannot put one there without a further package; the pip of
 # $(PYTHON) fetches uv instead. uv resolves Composer's dependencies in seconds, where pip takes more than ten minutes.

@@ -13,11 +13,13 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
+from unittest import mock
 
 import torch
 from composer.algorithms.ema.ema import EMAParameters, compute_ema
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
+from composer_bema.averaging import kernels
 from composer_bema.averaging.decay import ConstantDecay
 from composer_bema.averaging.rules import BEMA, DEMA, EMA, OUEMA, Rule
 from composer_bema.averaging.state import AverageState, NonFinite
@@ -78,6 +80,24 @@ def ours(name: str, rule: Rule, kind: Kind, nonfinite: NonFinite = 'raise', **se
         )
 
     return Method(name, kind, keep)
+
+
+def by_torch_alone(method: Method) -> Method:
+    """One of the package's averages where it was installed without a C compiler."""
+
+    def without_compiled(action: Callable[[], object]) -> Callable[[], object]:
+        return mock.patch.object(kernels, '_compiled', lambda: None)(action)
+
+    def keep(model: torch.nn.Module) -> Kept:
+        kept = method.keep(model)
+        return Kept(
+            without_compiled(kept.update),
+            kept.average,
+            kept.swap_in and without_compiled(kept.swap_in),
+            kept.swap_out and without_compiled(kept.swap_out),
+        )
+
+    return Method(f'{method.name}, by torch alone', method.kind, keep)
 
 
 def keep_composers(model: torch.nn.Module) -> Kept:
@@ -165,6 +185,7 @@ OURS = [
     ours('BEMA', BEMA_RULE, 'bema'),
     ours('BEMA, no guard', BEMA_RULE, 'bema', 'ignore'),
 ]
+OURS_BY_TORCH_ALONE = [by_torch_alone(method) for method in OURS if 'no guard' not in method.name]
 OUR_OTHERS = [
     ours('OUEMA', OUEMA(ConstantDecay(ALPHA), ConstantDecay(BETA)), 'other'),
     ours('DEMA', DEMA(ConstantDecay(BETA)), 'other'),

@@ -38,7 +38,7 @@ from measuring import (
     save,
     seconds,
 )
-from peers import OURS, Kept, others
+from peers import OURS, OURS_BY_TORCH_ALONE, Kept, others
 
 # glibc then takes nothing from the system with mmap and gives nothing back.
 TUNED_MALLOC = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**40), 'MALLOC_TOP_PAD_': str(2**28)}
@@ -92,7 +92,7 @@ def measure(model_name: str, dtype: str, repeats: int) -> list[Row]:
     model, copying = make_weights(model_name, dtype), Copying()
     copying.seconds_a_byte()
     rows: list[Row] = [{'method': 'triad', 'action': 'triad', 'seconds a byte': [copying.triad()]}]
-    for method in [*OURS, *others()]:
+    for method in [*OURS, *OURS_BY_TORCH_ALONE, *others()]:
         if method.copies * FP32 * num_parameters(model) > available_memory():
             print(f'{model_name} {dtype}: too little memory for {method.name}', file=sys.stderr)
             continue
@@ -159,7 +159,7 @@ def _find(rows: Sequence[Row], method: str, action: str) -> Row | None:
 
 def _in_ours(measured: Sequence[Row], row: Row) -> float | None:
     """How many of ours, with its guard, would have been done meanwhile; None for ours, or where it was not measured."""
-    if row['method'] in {method.name for method in OURS}:
+    if row['method'] in {method.name for method in [*OURS, *OURS_BY_TORCH_ALONE]}:
         return None
     theirs = _find(measured, row['method'], row['action'])
     mine = _find(measured, 'EMA' if row['kind'] == 'ema' else 'BEMA', row['action'])

@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / 'benchmarks'))
 from benchmarks import memory, startup, training, update
 from benchmarks.measuring import Weights, gpt2_shapes, in_fresh_process, markdown, median_ratio, quartiles
 from benchmarks.paste_tables import paste
-from benchmarks.peers import ALPHA, BETA, OURS, Method, others
+from benchmarks.peers import ALPHA, BETA, OURS, OURS_BY_TORCH_ALONE, Method, others
 
 
 def cells(table: str) -> list[list[str]]:
@@ -121,7 +121,7 @@ def test_tables_are_pasted_between_their_marks(tmp_path):
     assert paste(text, tmp_path) == (text, ['a'])
 
 
-@pytest.mark.parametrize('method', [*OURS, *others()], ids=lambda method: method.name)
+@pytest.mark.parametrize('method', [*OURS, *OURS_BY_TORCH_ALONE, *others()], ids=lambda method: method.name)
 def test_all_methods_compute_what_they_are_compared_as(method: Method):
     """Two updates with weights that went from 0 to 1: an EMA of 1 - (1 - beta)^2, and for BEMA alpha more."""
     model = Weights([torch.Size((3,)), torch.Size((2, 2))], torch.float32)
