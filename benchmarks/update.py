@@ -17,6 +17,7 @@ beside a busy process    as users run it, while another program keeps one of the
 """
 
 import contextlib
+import gc
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -105,6 +106,7 @@ def measure(model_name: str, dtype: str, repeats: int) -> list[Row]:
             rows.append({**row, 'seconds': [s for s, _ in taken], 'seconds a byte': [unit for _, unit in taken]})
         print(f'{model_name} {dtype}: {method.name}', file=sys.stderr)
         del kept
+        gc.collect()
     return rows
 
 

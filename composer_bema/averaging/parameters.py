@@ -145,8 +145,10 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this rank's values, sharing memory with ``tensor`` and detached from autograd."""
-    with torch.no_grad():
-        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    return tensor.detach()
 
 
 def _canonical(name: str, ddp_prefixes: list[str]) -> str:
