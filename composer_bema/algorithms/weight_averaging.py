@@ -122,12 +122,10 @@ class WeightAveraging(Algorithm):
     # What Composer calls
 
     def match(self, event: Event, state: State) -> bool:
-        return self._handler(event) is not None
+        return event in self._handlers
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        handler = self._handler(event)
-        assert handler is not None, 'the engine applies what matches'
-        handler(event, state, logger)
+        self._handlers[event](event, state, logger)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which weights the model holds; the average itself is in the entry of the `AveragingCheckpoint`."""
@@ -213,20 +211,18 @@ class WeightAveraging(Algorithm):
 
     # Events
 
-    def _handler(self, event: Event) -> Optional[Callable[[Event, State, Logger], None]]:
-        if event in _STEP_EVENTS:
-            return self._end_step
-        if event in _EVALUATION_STARTS:
-            return self._start_evaluation
-        if event in _CHECKPOINT_EVENTS:
-            return self._start_checkpoint
-        if event in _ENDS:
-            return self._end
+    @functools.cached_property
+    def _handlers(self) -> dict[Event, Callable[[Event, State, Logger], None]]:
+        """What is done at an event. Composer asks at all of them, some twenty times a step."""
         return {
             Event.INIT: self._start_run,
             Event.AFTER_LOAD: self._finish_loading,
             Event.FIT_START: self._start_fit,
-        }.get(event)
+            **dict.fromkeys(_STEP_EVENTS, self._end_step),
+            **dict.fromkeys(_EVALUATION_STARTS, self._start_evaluation),
+            **dict.fromkeys(_CHECKPOINT_EVENTS, self._start_checkpoint),
+            **dict.fromkeys(_ENDS, self._end),
+        }
 
     def _start_run(self, event: Event, state: State, logger: Logger) -> None:
         if self.swapped_for != 'user':

@@ -61,17 +61,13 @@ def named_persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     Non-persistent buffers (rotary frequencies, attention masks) are caches of the module and are left alone.
     """
-    caches = {
-        f'{prefix}.{name}' if prefix else name
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    return _by_canonical_name(model, {name: b for name, b in model.named_buffers() if name not in caches})
+    return _by_canonical_name(model, _persistent_buffers(model))
 
 
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Returns the parameters and persistent module buffers of a model by canonical name."""
-    return {**named_parameters(model), **named_persistent_buffers(model)}
+    reshard(model)
+    return _by_canonical_name(model, {**dict(model.named_parameters()), **_persistent_buffers(model)})
 
 
 def parameter_shards(model: torch.nn.Module) -> dict[str, Shard]:
@@ -155,7 +151,17 @@ def _canonical(name: str, ddp_prefixes: list[str]) -> str:
     for prefix in ddp_prefixes:
         if name.startswith(prefix):
             name = prefix.removesuffix('module.') + name[len(prefix) :]
-    return '.'.join(part for part in name.split('.') if part not in _WRAPPERS)
+    parts = name.split('.')
+    return name if _WRAPPERS.isdisjoint(parts) else '.'.join(part for part in parts if part not in _WRAPPERS)
+
+
+def _persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    caches = {
+        f'{prefix}.{name}' if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if name not in caches}
 
 
 def _by_canonical_name(model: torch.nn.Module, tensors: dict) -> dict:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 __all__ = ['uninterrupted']
 
+_SIGNALS = signal.valid_signals()
+
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
@@ -23,7 +25,7 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     held: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     # What is handled by the system, or ignored, raises nothing here; Python's handlers may, at any line.
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
