@@ -104,6 +104,7 @@ test-llmfoundry: $(INSTALLED) $(LLMFOUNDRY_INSTALLED)  ## Train with llm-foundry
 test-core: $(UV)  ## Test the averages with torch alone, the newest or TORCH=torch==2.9.1, in .venv-core: no Composer
 	$(UV) venv --quiet --clear --python $(CORE_PYTHON) $(CORE_VENV)
 	$(UV) pip install --quiet --python $(CORE_VENV)/bin/python '$(TORCH)' numpy 'pytest>=9,<10' 'hypothesis>=6.100,<7'
+	$(UV) pip install --quiet --python $(CORE_VENV)/bin/python --no-deps --editable .
 	$(CORE_VENV)/bin/python -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)'
 	$(CORE_VENV)/bin/python -m pytest tests/averaging tests/test_functional.py $(PYTEST_ARGS)
 

@@ -26,6 +26,7 @@ KERNELS = 'composer_bema/averaging/compiled_kernels.c'
 COMPILED_KERNELS = Extension(
     'composer_bema.averaging._compiled_kernels',
     sources=[KERNELS],
+    depends=['setup.py'],
     define_macros=[('SOURCE_DIGEST', f'{zlib.crc32((ROOT / KERNELS).read_bytes())}u')],
     extra_compile_args=['-std=c11', '-O3', '-fopenmp-simd', '-fno-math-errno', '-ffp-contract=off'],
     libraries=['m'],

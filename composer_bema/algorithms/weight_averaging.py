@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Optional, Union
 
 import torch
@@ -44,6 +44,16 @@ _STEP_EVENTS = (Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END)
 _CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
 _EVALUATION_STARTS = (Event.EVAL_START, Event.PREDICT_START)
 _ENDS = (Event.BATCH_START, Event.EVAL_END, Event.PREDICT_END, Event.FIT_END)
+# The methods for the events. Composer asks for each of these some twenty times a step.
+_HANDLERS = {
+    Event.INIT: '_start_run',
+    Event.AFTER_LOAD: '_finish_loading',
+    Event.FIT_START: '_start_fit',
+    **dict.fromkeys(_STEP_EVENTS, '_end_step'),
+    **dict.fromkeys(_EVALUATION_STARTS, '_start_evaluation'),
+    **dict.fromkeys(_CHECKPOINT_EVENTS, '_start_checkpoint'),
+    **dict.fromkeys(_ENDS, '_end'),
+}
 
 
 class WeightAveraging(Algorithm):
@@ -122,10 +132,10 @@ class WeightAveraging(Algorithm):
     # What Composer calls
 
     def match(self, event: Event, state: State) -> bool:
-        return event in self._handlers
+        return event in _HANDLERS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        self._handlers[event](event, state, logger)
+        getattr(self, _HANDLERS[event])(event, state, logger)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which weights the model holds; the average itself is in the entry of the `AveragingCheckpoint`."""
@@ -210,19 +220,6 @@ class WeightAveraging(Algorithm):
         return self.average.averaged_state_dict(self._run_with_update().model)
 
     # Events
-
-    @functools.cached_property
-    def _handlers(self) -> dict[Event, Callable[[Event, State, Logger], None]]:
-        """What is done at an event. Composer asks at all of them, some twenty times a step."""
-        return {
-            Event.INIT: self._start_run,
-            Event.AFTER_LOAD: self._finish_loading,
-            Event.FIT_START: self._start_fit,
-            **dict.fromkeys(_STEP_EVENTS, self._end_step),
-            **dict.fromkeys(_EVALUATION_STARTS, self._start_evaluation),
-            **dict.fromkeys(_CHECKPOINT_EVENTS, self._start_checkpoint),
-            **dict.fromkeys(_ENDS, self._end),
-        }
 
     def _start_run(self, event: Event, state: State, logger: Logger) -> None:
         if self.swapped_for != 'user':

@@ -4,10 +4,10 @@
 """Lists of tensors in host memory in one pass, by the loops of ``compiled_kernels.c``.
 
 They are compiled when the package is installed, if there is a C compiler. Between two of torch's operations a thread
-waits for Python's lock, and they hand on through a cache what a loop has at hand. The numbers are torch's, bit for bit.
-Operands are dense and have their elements in one order, so that memory can be walked without shapes.
+waits for Python's lock, and they hand on through a cache what a loop has at hand. The numbers are torch's, bit for bit
+but for what a NaN carries. Operands are dense and have their elements in one order: memory is walked without shapes.
 
-Only :mod:`.kernels` imports this module, and only when there are tensors for it, since the library may be missing.
+Only :mod:`.kernels` imports this module, which fails where there is no library.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib.util
+import platform
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 # The elements, or the bytes of an exchange, that take about as long as it takes to start a thread.
 _A_THREAD = 1024 * 1024
+
+# As Python calls it on Linux, macOS and Windows.
+_X86 = ('x86_64', 'AMD64')
 
 _SOURCE = Path(__file__).with_name('compiled_kernels.c')
 
@@ -69,17 +73,20 @@ def _load() -> ctypes.CDLL:
     """Returns the library.
 
     Raises:
-        ImportError: If it was not compiled, or not from this source, or does not load.
+        ImportError: If it was not compiled, or not from this source, does not load, or would round unlike torch.
     """
     spec = importlib.util.find_spec('composer_bema.averaging._compiled_kernels')
     if spec is None or spec.origin is None:
-        raise ImportError('They were not compiled: there was no C compiler when composer_bema was installed.')
+        raise ImportError('They were not compiled: no C compiler did so when composer_bema was installed.')
+    if platform.machine() in _X86 and not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
+        raise ImportError('torch rounds products and sums one by one on this processor, and they do so at once.')
     try:
         library = ctypes.CDLL(spec.origin)
-    except OSError as error:
-        raise ImportError(f'{spec.origin} does not load: {error}') from error
-    library.source_digest.restype = ctypes.c_uint32
-    if library.source_digest() != zlib.crc32(_SOURCE.read_bytes()):
+        library.source_digest.restype = ctypes.c_uint32
+        is_of_source = library.source_digest() == zlib.crc32(_SOURCE.read_bytes())
+    except (OSError, AttributeError) as error:
+        raise ImportError(f'{spec.origin} cannot be used: {error}') from error
+    if not is_of_source:
         raise ImportError(f'{spec.origin} was compiled from another {_SOURCE.name}: install composer_bema anew.')
     tensors = ctypes.POINTER(_Tensors)
     library.apply_rows.argtypes = (tensors, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
@@ -158,6 +165,8 @@ def exchange(pairs: Sequence[_Operands]) -> None:
     """
     if not pairs:
         return
+    # Before it, for nothing may fail after it.
+    _note_writes(tensor for pair in pairs for tensor in pair)
     work = _Work(pairs, in_bytes=True)
     try:
         work.share_out(_LIBRARY.exchange)
@@ -167,7 +176,6 @@ def exchange(pairs: Sequence[_Operands]) -> None:
         work.start_over()
         _LIBRARY.exchange(work.tensors)
         raise
-    _note_writes(tensor for pair in pairs for tensor in pair)
 
 
 def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
@@ -203,4 +211,7 @@ def _by_dtypes(tensors: Sequence[_Operands]) -> dict[tuple[torch.dtype, ...], li
 
 def _note_writes(tensors: Iterable[torch.Tensor]) -> None:
     """Tells autograd that tensors were written to. Inference tensors have no record of that."""
-    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    for tensor in tensors:
+        if not tensor.is_inference():
+            # torch 2.6 takes no list.
+            increment_version(tensor)

@@ -49,7 +49,7 @@ _HOST = ('cpu',)
 _FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 
-_COPY = LinearStep((Lerp('target', THETA, 1.0),), {})
+_COPY, _COPIED = (Lerp('target', 'source', 1.0),), ('source', 'target')
 
 # Tensors of one shape, or chunks of them that have the same elements.
 _Operands = tuple[torch.Tensor, ...]
@@ -94,9 +94,17 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
     _share_out(combine, _batches(chunks, _CPU_CHUNK, smallest_alone=_SMALL), remaining)
 
 
+@torch.no_grad()
 def copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copies values into tensors of the same shapes, rounded to their dtypes."""
-    apply_step(_COPY, sources, {'target': targets})
+    pairs = list(zip(sources, targets, strict=True))
+    others: Sequence[int] = range(len(pairs))
+    # Where memory is written to twice, the last one counts.
+    if not _share_memory(targets) and (compiled := _compiled()):
+        at_once, others = _split(pairs, others, _HOST, functools.partial(compiled.takes, _COPY, _COPIED))
+        compiled.apply_rows(_COPY, _COPIED, [pairs[i] for i in at_once])
+    for i in others:
+        targets[i].copy_(sources[i])
 
 
 @torch.no_grad()
@@ -170,8 +178,9 @@ def distance(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> flo
 def first_nonfinite(tensors: Sequence[torch.Tensor]) -> Optional[int]:
     """Returns the index of the first tensor that holds a NaN or an infinity, or None.
 
-    One read of the values: a sum is finite unless a value is not (or the sum overflows, so a suspect is looked at
-    closely). It has to come before an update and not ride on it, or the chunks before the bad one would be updated.
+    One read of the values, which has to come before an update and not ride on it, or the chunks before the bad one
+    would be updated. A chunk's sum stands for its values: it is finite unless one of them is not, or it overflows, so
+    that a suspect is looked at closely.
     """
     alone = list(zip(tensors, strict=True))
     bad: list[int] = []

@@ -3,13 +3,14 @@
 
 """The compiled kernels compute what torch does, bit for bit, and step aside where they cannot."""
 
+import importlib
 import itertools
 import math
 import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from composer_bema.averaging import kernels
 from composer_bema.averaging.decay import ConstantDecay
 from composer_bema.averaging.rules import BEMA, DEMA, EMA, OUEMA, Difference, Lerp, LinearStep, Row
+from composer_bema.averaging.state import AverageState
 from composer_bema.averaging.windows import SWAWindow, Window
 from tests.averaging.test_kernels import LAYOUTS, bits, lay_out, special_values
 
@@ -45,7 +47,8 @@ needs_them = pytest.mark.skipif(kernels._compiled() is None, reason='the compile
 
 @pytest.mark.skipif(shutil.which(compiler) is None or sys.platform != 'linux', reason='there is no C compiler')
 def test_they_are_there_where_there_is_a_compiler():
-    assert kernels._compiled() is not None
+    """The import says why they are not."""
+    assert kernels._compiled() is importlib.import_module('composer_bema.averaging.compiled')
 
 
 @pytest.fixture
@@ -57,10 +60,13 @@ def compiled() -> Any:
 
 
 @pytest.fixture
-def four_threads(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def four_threads(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shares even small work among threads."""
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
     monkeypatch.setattr(compiled, '_A_THREAD', 1000)
+    yield
+    torch.set_num_threads(threads)
 
 
 def by_torch(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -217,15 +223,25 @@ def test_values_that_lie_across_words(compiled, monkeypatch):
     theta, ema = (torch.frombuffer(bytes_, dtype=FP32, offset=1 + i, count=3000) for i, bytes_ in enumerate(memory))
     theta.copy_(torch.randn(3000))
     assert theta.data_ptr() % 4 and ema.data_ptr() % 4
+    monkeypatch.setattr(kernels, '_share_out', lambda function, batches, tuples: refuse() if tuples else [])
     apply((Lerp('ema', 'theta', 0.25),), ('theta', 'ema'), [(theta, ema)])
     assert torch.equal(ema, theta.clone() * 0.25)
     assert kernels.first_nonfinite([theta]) is None
 
 
-def test_autograd_learns_of_writes(compiled):
+@pytest.mark.parametrize(
+    'write',
+    [
+        lambda weight: kernels.exchange([torch.zeros(5)], [weight]),
+        lambda weight: kernels.copy([weight], [torch.zeros(5)]),
+        lambda weight: apply((Lerp('ema', 'theta', 0.5),), ('theta', 'ema'), [(torch.zeros(5), weight)]),
+    ],
+    ids=['exchange', 'copy', 'step'],
+)
+def test_autograd_learns_of_writes(compiled, write):
     weight = torch.nn.Parameter(torch.randn(5))
     loss = (weight * weight).sum()
-    kernels.exchange([weight.detach()], [torch.zeros(5)])
+    write(weight.detach())
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         loss.backward()
 
@@ -258,10 +274,14 @@ def test_an_exchange_that_is_broken_off_has_done_nothing(compiled, monkeypatch, 
 
     def broken_off(work: Any, function: Callable[..., Any]) -> None:
         if how_far == 'half':
-            # The first of twenty pieces, then the rest of the first half.
-            some = compiled._Work(pairs[:6], in_bytes=True)
+            # Down to within the largest of them.
+            largest = SIZES.index(max(SIZES))
+            begun = [*pairs[:largest], [tensor[: 2 * PIECE // 4] for tensor in pairs[largest]]]
+            some = compiled._Work(begun, in_bytes=True)
             function(some.tensors)
+            # One more is asked for than there are.
             work._num_taken[0] = some._num_taken[0] - 1
+            assert torch.equal(pairs[largest][0][: PIECE // 2], before[largest][1][: PIECE // 2])
         elif how_far == 'all':
             function(work.tensors)
         raise KeyboardInterrupt
@@ -270,6 +290,26 @@ def test_an_exchange_that_is_broken_off_has_done_nothing(compiled, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         compiled.exchange(pairs)
     assert all(map(torch.equal, itertools.chain(*pairs), itertools.chain(*before)))
+
+
+def test_a_swap_whose_exchange_fails_changes_nothing(compiled, monkeypatch):
+    model = torch.nn.Linear(3, 2)
+    state = AverageState(EMA(ConstantDecay(0.5)))
+    state.start(model)
+    torch.nn.init.ones_(model.weight)
+    state.update(model, step=1)
+    before = model.weight.clone(), state.average()['weight'].clone()
+    share_out = compiled.share_out
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        share_out(*arguments, **more)
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(compiled, 'share_out', fail)
+        state.swap_in(model)
+    assert not state.swapped
+    assert torch.equal(model.weight, before[0]) and torch.equal(state.average()['weight'], before[1])
 
 
 def test_no_exchange_is_done_beside_one_that_is_refused(compiled):
@@ -304,10 +344,11 @@ def test_every_value_of_sixteen_bits_is_judged():
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(BF16)
     bad = [kernels.first_nonfinite([value]) is not None for value in values.split(1)]
     assert torch.equal(torch.tensor(bad), ~values.isfinite())
-    # All 24 bits below a sign and an exponent are as good.
-    wide = values.float()
-    bad = [kernels.first_nonfinite([value]) is not None for value in wide[::17].split(1)]
-    assert torch.equal(torch.tensor(bad), ~wide[::17].isfinite())
+    # With bits set that 16 do not have.
+    wide = (values.view(torch.int16).to(torch.int32) << 16 | torch.arange(2**16) % 3).to(torch.int32).view(FP32)[::17]
+    bad = [kernels.first_nonfinite([value]) is not None for value in wide.split(1)]
+    assert torch.equal(torch.tensor(bad), ~wide.isfinite())
+    assert kernels.first_nonfinite([torch.tensor([0x7F800001], dtype=torch.int32).view(FP32)]) == 0
 
 
 def test_the_first_bad_tensor_is_named_whoever_finds_it(compiled):
@@ -327,7 +368,16 @@ def test_nothing_is_nothing(compiled):
     assert compiled.first_nonfinite([]) is None
 
 
-@pytest.mark.parametrize('kind', ['missing', 'broken', 'of another source'])
+LACKS = {
+    'missing': 'no C compiler',
+    'broken': 'cannot be used',
+    'without a source': 'cannot be used',
+    'of another source': 'install composer_bema anew',
+    'of another rounding': 'rounds products and sums one by one',
+}
+
+
+@pytest.mark.parametrize('kind', LACKS)
 def test_a_library_that_cannot_be_used_is_no_error(compiled, monkeypatch, tmp_path: Path, kind):
     """The package works without it, and says why it is not used to who asks."""
     if kind == 'missing':
@@ -337,11 +387,14 @@ def test_a_library_that_cannot_be_used_is_no_error(compiled, monkeypatch, tmp_pa
         broken.write_bytes(b'no library')
         spec = compiled.importlib.util.spec_from_file_location('broken', broken)
         monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: spec)
+    elif kind == 'of another rounding':
+        monkeypatch.setattr(compiled.platform, 'machine', lambda: 'x86_64')
+        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'NO AVX')
     else:
-        (tmp_path / 'compiled_kernels.c').write_text('/* another */\n')
         monkeypatch.setattr(compiled, '_SOURCE', tmp_path / 'compiled_kernels.c')
-    message = {'missing': 'no C compiler', 'broken': 'does not load', 'of another source': 'install composer_bema anew'}
-    with pytest.raises(ImportError, match=message[kind]):
+        if kind == 'of another source':
+            compiled._SOURCE.write_text('/* another */\n')
+    with pytest.raises(ImportError, match=LACKS[kind]):
         compiled._load()
 
 
