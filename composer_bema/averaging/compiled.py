@@ -131,11 +131,15 @@ class _Work:
 
 
 def takes(rows: Sequence[Row], names: Sequence[str], dtypes: Sequence[torch.dtype]) -> bool:
-    """Returns whether rows can be applied to operands of these dtypes: what is computed, and not copied, is fp32."""
+    """Returns whether rows can be applied to operands of these dtypes: nothing is ever rounded to less than fp32."""
     if not all(dtype in DTYPES for dtype in dtypes):
         return False
-    computed = [row.target for row in map(as_difference, rows) if row.minuend != row.subtrahend]
-    return all(dtypes[names.index(target)] == torch.float32 for target in computed)
+    dtype_of = dict(zip(names, dtypes, strict=True))
+    differences = [(dtype_of[row.target], as_difference(row)) for row in rows]
+    return all(
+        dtype == torch.float32 or (row.minuend == row.subtrahend and dtype_of[row.base] == dtype)
+        for dtype, row in differences
+    )
 
 
 def apply_rows(rows: Sequence[Row], names: Sequence[str], tensors: Sequence[_Operands]) -> None:

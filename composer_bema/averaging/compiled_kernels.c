@@ -92,25 +92,12 @@ INLINE const float32 *as_float32(const char *operand, int32_t dtype, int64_t cou
     return room;
 }
 
-/* Rounds to the nearest, of two that are as near to the even one. */
-INLINE void round_to_bfloat16(bits16 *target, const char *values, int64_t count)
-{
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t bits = ((const bits32 *)values)[i];
-        uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-        target[i] = (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded; /* A NaN stays one. */
-    }
-}
-
 INLINE void copy(char *target, int32_t dtype, const char *base, int32_t base_dtype, int64_t count)
 {
     if (dtype == base_dtype)
         memmove(target, base, count * width(dtype));
-    else if (dtype == FLOAT32)
-        as_float32(base, base_dtype, count, (float32 *)target);
     else
-        round_to_bfloat16((bits16 *)target, base, count);
+        as_float32(base, base_dtype, count, (float32 *)target);
 }
 
 INLINE void combine(

@@ -28,7 +28,7 @@ from composer_bema.averaging import foreach
 from composer_bema.averaging.rules import THETA, Difference, Lerp, LinearStep, Row
 from composer_bema.averaging.threads import share_out
 
-__all__ = ['apply_step', 'copy', 'distance', 'exchange', 'exchange_groups', 'first_nonfinite', 'is_exact_in']
+__all__ = ['apply_step', 'distance', 'exchange', 'exchange_groups', 'first_nonfinite', 'is_exact_in']
 
 # Elements a chunk, of which each thread has one: five fp32 operands are 5 MiB of the cache. An accelerator wants fewer,
 # larger launches.
@@ -48,8 +48,6 @@ _ACCELERATORS = ('cuda',)
 _HOST = ('cpu',)
 _FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
-
-_COPY, _COPIED = (Lerp('target', 'source', 1.0),), ('source', 'target')
 
 # Tensors of one shape, or chunks of them that have the same elements.
 _Operands = tuple[torch.Tensor, ...]
@@ -92,19 +90,6 @@ def apply_step(step: LinearStep, theta: Sequence[torch.Tensor], buffers: Mapping
     size = _CPU_CHUNK_OF_ONE if _is_one_operation(step, remaining) else _CPU_CHUNK
     chunks = (_aligned_chunks(tensors, size) for tensors in remaining)
     _share_out(combine, _batches(chunks, _CPU_CHUNK, smallest_alone=_SMALL), remaining)
-
-
-@torch.no_grad()
-def copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copies values into tensors of the same shapes, rounded to their dtypes."""
-    pairs = list(zip(sources, targets, strict=True))
-    others: Sequence[int] = range(len(pairs))
-    # Where memory is written to twice, the last one counts.
-    if not _share_memory(targets) and (compiled := _compiled()):
-        at_once, others = _split(pairs, others, _HOST, functools.partial(compiled.takes, _COPY, _COPIED))
-        compiled.apply_rows(_COPY, _COPIED, [pairs[i] for i in at_once])
-    for i in others:
-        targets[i].copy_(sources[i])
 
 
 @torch.no_grad()

@@ -448,8 +448,8 @@ class AverageState:
         return {n: tensor for group in self._groups for n, tensor in group.average.items()}
 
     def _copy(self, source: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
-        targets = matching_tensors(source, named_tensors(model))
-        kernels.copy(list(targets.values()), [source[n] for n in targets])
+        for n, tensor in matching_tensors(source, named_tensors(model)).items():
+            tensor.copy_(source[n])
 
     def _loaded_groups(self, saved: Mapping[str, Mapping[str, torch.Tensor]], model: torch.nn.Module) -> list[_Group]:
         named = named_tensors(model)

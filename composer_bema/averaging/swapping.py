@@ -54,7 +54,8 @@ class Swap:
         """Puts the average into the model."""
         live = self._live(self._average)
         _holders.update({module: weakref.ref(self) for module in self._model.modules()})
-        kernels.copy([live[n] for n in self._stash], [self._average[n] for n in self._stash])
+        for n in self._stash:
+            live[n].copy_(self._average[n])
         exchanged = [n for n in live if n not in self._stash]
         for names in _launches(exchanged, live, self._average):
             with uninterrupted():
@@ -66,8 +67,9 @@ class Swap:
         """Puts the training weights back, wherever the model keeps its tensors by now."""
         resting = self.training_weights()
         live = self._live(resting)
-        kernels.copy([live[n] for n in self._stash], list(self._stash.values()))
-        self._stash.clear()
+        for n, stashed in list(self._stash.items()):
+            live[n].copy_(stashed)
+            del self._stash[n]
         # In reverse, in case that two names share memory without being tied.
         for names in _launches(list(reversed(self._exchanged)), live, resting):
             with uninterrupted():
