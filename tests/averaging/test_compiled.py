@@ -19,27 +19,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composer_bema.averaging import kernels
+from composer_bema.averaging import chunks, kernels
 from composer_bema.averaging.decay import ConstantDecay
-from composer_bema.averaging.rules import BEMA, DEMA, EMA, OUEMA, Difference, Lerp, LinearStep, Row
+from composer_bema.averaging.rules import EMA, Difference, Lerp, LinearStep, Row
 from composer_bema.averaging.state import AverageState
-from composer_bema.averaging.windows import SWAWindow, Window
+from tests.averaging.test_foreach import RULES
 from tests.averaging.test_kernels import LAYOUTS, bits, lay_out, special_values
 
 BLOCK = 1024
 PIECE = 64 * BLOCK
 SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 0, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5, 7)
 FP32, BF16 = torch.float32, torch.bfloat16
-RULES = {
-    'EMA': EMA(ConstantDecay(0.25)),
-    'near the weights': EMA(ConstantDecay(0.9)),
-    'copy': EMA(ConstantDecay(1.0)),
-    'BEMA': BEMA(ConstantDecay(0.3), ConstantDecay(0.7)),
-    'DEMA': DEMA(ConstantDecay(0.3)),
-    'OUEMA': OUEMA(ConstantDecay(0.3), ConstantDecay(0.1)),
-    'window': Window(3),
-    'periods': SWAWindow(2, periods=2),
-}
 
 compiler = (sysconfig.get_config_var('CC') or 'cc').split()[0]
 needs_them = pytest.mark.skipif(kernels._compiled() is None, reason='the compiled kernels were not compiled')
@@ -104,7 +94,7 @@ def test_a_step_has_the_bits_of_torch(monkeypatch, name, theta_dtype):
         expected = [[tensor.clone() for tensor in tensors] for tensors in tuples]
         by_torch(monkeypatch, apply, rows, names, expected)
         with monkeypatch.context() as patched:
-            patched.setattr(kernels, '_share_out', lambda function, batches, tuples: refuse() if tuples else None)
+            patched.setattr(chunks, '_share_out', lambda function, batches, tuples: refuse() if tuples else None)
             apply(rows, names, tuples)
         for tensor, wanted in zip(itertools.chain(*tuples), itertools.chain(*expected), strict=True):
             assert torch.equal(tensor.isnan(), wanted.isnan())
@@ -210,7 +200,7 @@ def test_values_that_lie_across_words(compiled, monkeypatch):
     theta, ema = (torch.frombuffer(bytes_, dtype=FP32, offset=1 + i, count=3000) for i, bytes_ in enumerate(memory))
     theta.copy_(torch.randn(3000))
     assert theta.data_ptr() % 4 and ema.data_ptr() % 4
-    monkeypatch.setattr(kernels, '_share_out', lambda function, batches, tuples: refuse() if tuples else [])
+    monkeypatch.setattr(chunks, '_share_out', lambda function, batches, tuples: refuse() if tuples else [])
     apply((Lerp('ema', 'theta', 0.25),), ('theta', 'ema'), [(theta, ema)])
     assert torch.equal(ema, theta.clone() * 0.25)
     assert kernels.first_nonfinite([theta]) is None
@@ -246,7 +236,7 @@ def test_inference_tensors_are_written_to(compiled):
 @pytest.mark.usefixtures('four_threads')
 @pytest.mark.parametrize('dtype', [FP32, BF16, torch.float64, torch.int64, torch.int16, torch.uint8, torch.complex128])
 def test_an_exchange_is_bit_exact_at_every_edge(monkeypatch, dtype):
-    monkeypatch.setattr(kernels, '_exchange_chunks', refuse)
+    monkeypatch.setattr(chunks, 'exchange', refuse)
     left, right = ([special_values(dtype, max(size, 8))[:size] for size in SIZES] for _ in range(2))
     was_left, was_right = list(map(bits, left)), list(map(bits, right))
     kernels.exchange(left, right)
@@ -312,7 +302,7 @@ def test_no_exchange_is_done_beside_one_that_is_refused(compiled):
 @pytest.mark.usefixtures('four_threads')
 @pytest.mark.parametrize('dtype', [FP32, BF16])
 def test_a_bad_value_is_found_at_every_edge(monkeypatch, dtype):
-    monkeypatch.setattr(kernels, '_sum_dtype', refuse)
+    monkeypatch.setattr(chunks, '_sum_dtype', refuse)
     tensors = [torch.randn(size).to(dtype) for size in SIZES]
     assert kernels.first_nonfinite(tensors) is None
     for index in reversed(range(len(SIZES))):

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from composer_bema.averaging import foreach, kernels
+from composer_bema.averaging import chunks, foreach, kernels
 from composer_bema.averaging.decay import ConstantDecay
 from composer_bema.averaging.rules import BEMA, DEMA, EMA, OUEMA, LinearStep, bema_rule
-from composer_bema.averaging.windows import Window
+from composer_bema.averaging.windows import SWAWindow, Window
 from tests.averaging.test_kernels import LAYOUTS, LargestAllocation, lay_out
 
 BATCH = 64
@@ -26,6 +26,7 @@ RULES = {
     'DEMA': DEMA(ConstantDecay(0.25)),
     'OUEMA': OUEMA(ConstantDecay(0.5), ConstantDecay(0.25)),
     'window': Window(2),
+    'periods': SWAWindow(2, periods=2),
 }
 
 
@@ -34,8 +35,8 @@ def without_triton(monkeypatch: pytest.MonkeyPatch, by_torch_alone: None) -> Non
     """Takes the CPU for an accelerator, on which Triton is missing, with small batches."""
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     monkeypatch.setattr(kernels, '_ACCELERATORS', ('cpu',))
-    monkeypatch.setattr(kernels, '_BATCH', BATCH)
-    monkeypatch.setattr(kernels, '_CPU_CHUNK', BATCH // 2)
+    monkeypatch.setattr(chunks, '_BATCH', BATCH)
+    monkeypatch.setattr(chunks, '_CPU_CHUNK', BATCH // 2)
     monkeypatch.setattr(kernels, '_fused', lambda: None)
 
 
@@ -98,7 +99,7 @@ def test_dtypes_do_not_mix_in_a_batch(without_triton):
     tuples = [(torch.zeros(2, dtype=dtype),) for dtype in (torch.float32, torch.float64, torch.float32)]
     assert [
         [t.dtype for (t,) in batch]
-        for batch in kernels._batches([[alone] for alone in tuples], most=64, smallest_alone=64)
+        for batch in chunks._batches([[alone] for alone in tuples], most=64, smallest_alone=64)
     ] == [
         [torch.float32, torch.float32],
         [torch.float64],
@@ -109,7 +110,7 @@ def test_a_large_chunk_is_a_batch_of_its_own_and_a_batch_has_an_end(without_trit
     tuples = [(torch.zeros(size),) for size in (3, 9, 4, 2, 1)]
     sizes = [
         [t.numel() for (t,) in batch]
-        for batch in kernels._batches([[alone] for alone in tuples], most=7, smallest_alone=8)
+        for batch in chunks._batches([[alone] for alone in tuples], most=7, smallest_alone=8)
     ]
     assert sizes == [[9], [3, 4], [2, 1]]
 
@@ -119,7 +120,7 @@ def test_a_large_chunk_is_a_batch_of_its_own_and_a_batch_has_an_end(without_trit
 def test_tensors_in_host_memory_are_averaged_alike_alone_and_together(dtype):
     """Small ones go in batches, and those that are large or alone do not."""
     generator = torch.Generator().manual_seed(3)
-    sizes = (1, 5, kernels._SMALL - 1, kernels._SMALL, kernels._CPU_CHUNK + 3, 0, 7)
+    sizes = (1, 5, chunks._SMALL - 1, chunks._SMALL, chunks._CPU_CHUNK + 3, 0, 7)
     theta = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
     kept = torch.promote_types(dtype, torch.float32)
     step = bema_rule().linear_step(10, 1.0, 3)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from composer_bema.averaging import kernels, threads
+from composer_bema.averaging import chunks, kernels, threads
 from composer_bema.averaging.rules import Difference, Lerp, LinearStep
 from tests.averaging.reference import apply_rows
 
@@ -26,7 +26,7 @@ LAYOUTS = ('contiguous', 'reversed axes', 'channels last', 'offset', 'gaps')
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch, by_torch_alone: None) -> None:
     """Makes tensors of a few hundred elements span several chunks."""
-    monkeypatch.setattr(kernels, '_CPU_CHUNK', CHUNK)
+    monkeypatch.setattr(chunks, '_CPU_CHUNK', CHUNK)
 
 
 @pytest.fixture(params=['one chunk', 'small chunks', 'compiled'])
@@ -242,7 +242,7 @@ def test_an_exchange_that_finds_no_memory_has_done_nothing(monkeypatch, failing)
     left = [torch.ones(3), torch.ones(4 * CHUNK), torch.ones(4 * CHUNK, dtype=torch.float64)]
     right = [torch.zeros_like(tensor) for tensor in left]
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
-    monkeypatch.setattr(kernels, '_CHUNKS_A_THREAD', 1)
+    monkeypatch.setattr(chunks, '_CHUNKS_A_THREAD', 1)
     allocated = []
 
     def allocate(size, **kwargs):
@@ -452,7 +452,7 @@ def test_slices_that_are_cut_further_are_all_updated(shape):
 @pytest.mark.parametrize('home', ['cpu', 'cuda'])
 def test_a_step_reaches_across_devices(monkeypatch, home, theta_dtype):
     """Weights on the accelerator, buffers beside them or in host memory."""
-    monkeypatch.setattr(kernels, '_ACCELERATOR_CHUNK', CHUNK)
+    monkeypatch.setattr(chunks, '_ACCELERATOR_CHUNK', CHUNK)
     theta, buffers = torch.randn(SHAPE).to(theta_dtype), make_buffers()
     expected = reference(BEMA_STEP, theta, buffers)
     buffers = {name: tensor.to(home) for name, tensor in buffers.items()}
